@@ -1,0 +1,144 @@
+"""The error tree. Each class fixes its gRPC status, ErrorInfo reason, HTTP status and OpenAI type: one table for all faces."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    field: str
+    description: str  # what was given and what is allowed
+
+
+class IsthmusError(Exception):
+    """Root of every expected failure. `detail` is safe to show a client."""
+
+    grpc_status: ClassVar[str] = "INTERNAL"
+    reason: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    openai_type: ClassVar[str] = "server_error"
+
+    def __init__(self, detail: str, *, retry_after_s: float | None = None, violations: tuple[FieldViolation, ...] = ()):
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+        self.violations = violations
+
+
+class InvalidRequest(IsthmusError):
+    """The request itself is wrong; sending it again gives the same answer."""
+
+    grpc_status, reason, http_status, openai_type = "INVALID_ARGUMENT", "INVALID_REQUEST", 400, "invalid_request_error"
+
+    @classmethod
+    def of(cls, field: str, given: object, allowed: str) -> "InvalidRequest":
+        shown = repr(given)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        violation = FieldViolation(field, f"given {shown}; allowed: {allowed}")
+        return cls(f"{field}: {violation.description}", violations=(violation,))
+
+
+class IndexOutOfRange(IsthmusError):
+    grpc_status, reason, http_status, openai_type = "OUT_OF_RANGE", "INDEX_OUT_OF_RANGE", 400, "invalid_request_error"
+
+
+class ModelNotFound(IsthmusError):
+    grpc_status, reason, http_status, openai_type = "NOT_FOUND", "MODEL_NOT_FOUND", 404, "invalid_request_error"
+
+
+class StreamGone(IsthmusError):
+    """No worker holds the stream; a client continues statelessly with emitted_token_ids and the seed."""
+
+    grpc_status, reason, http_status, openai_type = "NOT_FOUND", "STREAM_GONE", 404, "invalid_request_error"
+
+
+class AttachedElsewhere(IsthmusError):
+    grpc_status, reason, http_status = "ABORTED", "ATTACHED_ELSEWHERE", 409
+
+
+class Overloaded(IsthmusError):
+    """A bound was reached; nothing was started. Carries RetryInfo."""
+
+    grpc_status, reason, http_status, openai_type = "RESOURCE_EXHAUSTED", "OVERLOADED", 429, "rate_limit_error"
+
+
+class NoFreeBlocks(Overloaded):
+    reason = "NO_FREE_BLOCKS"
+
+
+class WorkersUnavailable(IsthmusError):
+    """No worker of the needed role and numerics class is alive. Carries RetryInfo."""
+
+    grpc_status, reason, http_status = "UNAVAILABLE", "WORKERS_UNAVAILABLE", 503
+
+
+class Draining(IsthmusError):
+    grpc_status, reason, http_status = "UNAVAILABLE", "DRAINING", 503
+
+
+class WorkerLost(IsthmusError):
+    grpc_status, reason, http_status = "UNAVAILABLE", "WORKER_LOST", 503
+
+
+class DeadlinePassed(IsthmusError):
+    grpc_status, reason, http_status = "DEADLINE_EXCEEDED", "DEADLINE_PASSED", 504
+
+
+class RequestCancelled(IsthmusError):
+    grpc_status, reason, http_status = "CANCELLED", "CANCELLED", 499
+
+
+class SlowClient(IsthmusError):
+    """The client did not read and its buffer reached the bound."""
+
+    grpc_status, reason, http_status = "RESOURCE_EXHAUSTED", "SLOW_CLIENT", 429
+
+
+class NumericsMismatch(IsthmusError):
+    """No worker of the stream's numerics class is left."""
+
+    grpc_status, reason, http_status = "FAILED_PRECONDITION", "NUMERICS_MISMATCH", 503
+
+
+class LayoutMismatch(IsthmusError):
+    grpc_status, reason, http_status = "FAILED_PRECONDITION", "LAYOUT_MISMATCH", 503
+
+
+class StaleOwner(IsthmusError):
+    """A message for another incarnation, attempt or attach counter: refused before memory is touched."""
+
+    grpc_status, reason, http_status = "ABORTED", "STALE_OWNER", 409
+
+
+class TransferIncomplete(IsthmusError):
+    """Blocks did not arrive, or were refused, within the fill deadline."""
+
+    grpc_status, reason, http_status = "UNAVAILABLE", "TRANSFER_INCOMPLETE", 503
+
+
+class NonFiniteLogits(IsthmusError):
+    """The model gave NaN or infinity for this sequence; others in the batch are not affected."""
+
+    grpc_status, reason = "INTERNAL", "NON_FINITE_LOGITS"
+
+
+class DataLoss(IsthmusError):
+    """A replayed token differs from the emitted one."""
+
+    grpc_status, reason = "DATA_LOSS", "REPLAY_MISMATCH"
+
+
+class NotYet(IsthmusError):
+    """Part of the protocol that this version does not serve yet."""
+
+    grpc_status, reason, http_status = "UNIMPLEMENTED", "NOT_IMPLEMENTED", 501
+
+
+class CannotStart(IsthmusError):
+    """A process cannot start: names the setting and how to mend it; the process exits with status 2."""
+
+    grpc_status, reason = "FAILED_PRECONDITION", "CANNOT_START"
+
+    def __init__(self, setting: str, problem: str, mend: str):
+        super().__init__(f"cannot start: {setting}: {problem}. To mend it: {mend}")
+        self.setting = setting

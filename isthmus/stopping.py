@@ -1,0 +1,18 @@
+"""When a sequence ends: a pure function of the request and its tokens, the same on prefill, decode and router."""
+
+from collections.abc import Sequence
+
+from isthmus.types import FinishReason, Request
+
+
+def finish_reason(request: Request, token_ids: Sequence[int], context_length: int) -> FinishReason | None:
+    """Why the sequence ends after the last of `token_ids` (all emitted so far), or None. Stop strings are the router's."""
+    sampling = request.sampling
+    num_tokens = len(token_ids)
+    if num_tokens > sampling.min_tokens:
+        last = token_ids[-1]
+        if last in sampling.stop_token_ids or (not sampling.ignore_eos and last in request.eos_token_ids):
+            return FinishReason.STOP
+    if num_tokens >= sampling.max_tokens or len(request.prompt_token_ids) + num_tokens >= context_length:
+        return FinishReason.LENGTH
+    return None
