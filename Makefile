@@ -1,0 +1,76 @@
+# One environment in .venv/, made on demand and remade when pyproject.toml or the constraints change.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints/cpu.txt
+# Extra words for pip, e.g. an index with CPU builds of torch.
+PIP_ARGS ?=
+# Extra words for pytest, e.g. PYTEST_ARGS='-k wire -x'.
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PACKAGES := isthmus router prefill_service decode_service kv_transfer kernels
+
+# Several torch processes with several OpenMP threads each spin against one another (100 times slower).
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help env demo test check lint types imports proto containers stubs format clean
+.PHONY: bench-transfer bench-handoff bench-serve bench-step
+
+help: ## show the targets
+	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+env: $(READY) ## make or refresh .venv
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'isthmus needs Python 3.11 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@echo 'installing into .venv (once, about a minute)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## start the stack, stream a few prompts, print what was measured, stop it
+	@$(BIN)/isthmus demo
+
+test: check ## static checks and every test that needs no GPU
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types imports proto containers ## all static checks
+
+lint: $(READY) ## ruff: rules and format
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(READY) ## basedpyright
+	@$(BIN)/basedpyright --level error
+
+imports: $(READY) ## import contracts
+	@$(BIN)/lint-imports
+
+proto: $(READY) ## proto lint and format, stubs current
+	@$(BIN)/buf lint
+	@$(BIN)/buf format --diff --exit-code
+	@$(BIN)/python tools/generate_stubs.py --check
+
+containers: $(READY) ## compose file and Dockerfile, without a daemon
+	@$(BIN)/docker-compose --profile gpu config --quiet
+	@$(BIN)/hadolint Dockerfile
+
+stubs: $(READY) ## regenerate isthmus/v1 from proto/
+	@$(BIN)/python tools/generate_stubs.py
+
+format: $(READY) ## apply ruff's fixes and format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench-transfer bench-handoff bench-serve bench-step: bench-%: $(READY) ## one benchmark
+	@$(BIN)/python -m benchmarks.$*
+
+clean: ## remove the environment and every cache
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache .isthmus build dist
+	find $(PACKAGES) tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
