@@ -1,7 +1,16 @@
-"""Protobuf messages to the dataclasses of isthmus.types and back. The public request is read by router/validate.py instead."""
+"""Protobuf messages to the dataclasses of isthmus.types and back; the public request is read by router/validate.py."""
 
 from isthmus.kv_layout import KvLayout, Plane, PlaneKind
-from isthmus.types import BlockCounts, Extent, FinishReason, OnDisconnect, Request, SamplingParams, Token, TransferTarget
+from isthmus.types import (
+    BlockCounts,
+    Extent,
+    FinishReason,
+    OnDisconnect,
+    Request,
+    SamplingParams,
+    Token,
+    TransferTarget,
+)
 from isthmus.v1 import admin_pb2, prefill_pb2, types_pb2
 
 _PLANE_KINDS = {

@@ -1,4 +1,4 @@
-"""The error tree. Each class fixes its gRPC status, ErrorInfo reason, HTTP status and OpenAI type: one table for all faces."""
+"""The error tree. Each class fixes its gRPC status, ErrorInfo reason, HTTP status and OpenAI type, for all faces."""
 
 from dataclasses import dataclass
 from typing import ClassVar

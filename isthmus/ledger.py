@@ -26,14 +26,23 @@ class Ledger:
         self._lock = threading.Lock()
         self._sequence = 0
 
-    def record(  # noqa: PLR0913 - the ring's columns
-        self, event: str, *, request_id: str = "", transfer_id: str = "", attempt: int = 0, cause: str = "", **fields: object
+    def record(
+        self,
+        event: str,
+        *,
+        request_id: str = "",
+        transfer_id: str = "",
+        attempt: int = 0,
+        cause: str = "",
+        **fields: object,
     ) -> None:
         values = {name: str(value) for name, value in fields.items()}
         with self._lock:
             self._sequence += 1
             now_ns = time.monotonic_ns()
-            self._events.append(LedgerEvent(self._sequence, now_ns, event, request_id, transfer_id, attempt, cause, values))
+            self._events.append(
+                LedgerEvent(self._sequence, now_ns, event, request_id, transfer_id, attempt, cause, values)
+            )
 
     def read(self, *, request_id: str = "", limit: int = 1000) -> list[LedgerEvent]:
         """The newest `limit` events, oldest first; of one request when an id is given."""

@@ -1,0 +1,169 @@
+"""A model directory in Hugging Face form: config.json, safetensors, tokenizer files. Read without torch, never through pickle."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+
+from isthmus.errors import CannotStart
+from isthmus.model_config import ModelConfig, parse_config, token_ids
+
+BUNDLED: Final = "bundled"
+_INDEX_FILE: Final = "model.safetensors.index.json"
+_PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MAX_HEADER_BYTES: Final = 100 << 20  # the bound of the safetensors format
+_CHUNK_BYTES: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies, from its file's header."""
+
+    file: Path
+    dtype: str  # safetensors' name: F32, BF16, …
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    path: Path
+    config: ModelConfig
+    digest: str  # 32 hex digits over config.json and every weight file
+    eos_token_ids: tuple[int, ...]
+    weight_files: tuple[Path, ...]
+    tensors: Mapping[str, TensorEntry]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Checks everything that needs no tensor data; CannotStart names the file or field and how to mend it."""
+        folder = resolve_model(path)
+        raw = _read_json(folder / "config.json")
+        config = parse_config(raw)
+        files = _weight_files(folder)
+        return cls(
+            path=folder,
+            config=config,
+            digest=_digest((folder / "config.json", *files)),
+            eos_token_ids=_eos_token_ids(folder, config),
+            weight_files=files,
+            tensors=_tensors(folder, files),
+        )
+
+
+def resolve_model(model: str | Path) -> Path:
+    """`bundled` is the checkpoint shipped with the project; anything else is a directory."""
+    folder = Path(__file__).parent / BUNDLED if str(model) == BUNDLED else Path(model)
+    if not folder.is_dir():
+        raise CannotStart("model", f"{folder} is no directory", f"name a checkpoint directory, or '{BUNDLED}'")
+    return folder.resolve()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CannotStart("model", f"{file} is missing", "name a complete checkpoint directory") from error
+    except (OSError, ValueError) as error:
+        raise CannotStart("model", f"{file} cannot be read: {error}", "fetch the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise CannotStart("model", f"{file} holds no JSON object", "fetch the checkpoint again")
+    return value
+
+
+def _eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+    file = folder / "generation_config.json"
+    chosen = token_ids(_read_json(file).get("eos_token_id")) if file.exists() else ()
+    return chosen or config.eos_token_ids
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    index = folder / _INDEX_FILE
+    if index.exists():
+        names = sorted(set(_weight_map(index).values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise CannotStart(
+                "model", f"{index} names {outside[0]!r}, not a plain file name", "fetch the checkpoint again"
+            )
+        files = tuple(folder / name for name in names)
+    else:
+        files = tuple(sorted(folder.glob("*.safetensors")))
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise CannotStart("model", f"weight files are missing: {', '.join(missing)}", "fetch the checkpoint again")
+    if not files:
+        raise _no_weights(folder)
+    return files
+
+
+def _no_weights(folder: Path) -> CannotStart:
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickled:
+        problem = f"{folder} has only pickled weights ({', '.join(pickled[:4])}), which can run code when read"
+        return CannotStart("model", problem, "convert them to safetensors")
+    return CannotStart("model", f"{folder} has no *.safetensors file", "name a directory with weights")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CannotStart("model", f"{index} has no weight_map of names", "fetch the checkpoint again")
+    return weight_map
+
+
+def _tensors(folder: Path, files: tuple[Path, ...]) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        for name, entry in _read_header(file).items():
+            if name in tensors:
+                problem = f"{name} is both in {tensors[name].file.name} and {file.name}"
+                raise CannotStart("model", problem, "keep one copy of the weights in the directory")
+            tensors[name] = entry
+    index = folder / _INDEX_FILE
+    if index.exists():
+        absent = [
+            name for name, file in _weight_map(index).items() if name not in tensors or tensors[name].file.name != file
+        ]
+        if absent:
+            problem = f"{index} lists {len(absent)} tensors that their files do not hold, first {absent[0]}"
+            raise CannotStart("model", problem, "fetch the checkpoint again")
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    """The JSON header of one safetensors file; its data must fill the file exactly."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+            raise _damaged(file, f"{size} bytes do not hold its header")
+        try:
+            header = json.loads(stream.read(header_bytes))
+            entries = {name: fields for name, fields in header.items() if name != "__metadata__"}
+            end = max((int(fields["data_offsets"][1]) for fields in entries.values()), default=0)
+            found = {
+                name: TensorEntry(file, str(fields["dtype"]), tuple(int(length) for length in fields["shape"]))
+                for name, fields in entries.items()
+            }
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise _damaged(file, f"its header cannot be read ({type(error).__name__})") from error
+    if 8 + header_bytes + end != size:
+        raise _damaged(file, f"its header asks for {8 + header_bytes + end} bytes, it has {size}")
+    return found
+
+
+def _damaged(file: Path, problem: str) -> CannotStart:
+    return CannotStart("model", f"{file} is truncated or damaged: {problem}", "fetch the file again")
+
+
+def _digest(files: tuple[Path, ...]) -> str:
+    state = xxhash.xxh3_128()
+    for file in files:
+        state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                state.update(chunk)
+    return state.hexdigest()

@@ -1,0 +1,88 @@
+"""Named places where a test makes a process sleep, raise or die; set once at start, free when off.
+
+Spec: `name=action[@n]` joined by `;`, e.g. `decode.step=sleep(6)@20;prefill.layer=raise@1;decode.claim=kill@5`.
+`@n` acts on the n-th hit only; without it on every hit.
+"""
+
+import asyncio
+import os
+import re
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from enum import Enum
+
+_ENTRY = re.compile(
+    r"(?P<name>[a-z][a-z0-9_.]*)=(?P<action>sleep|raise|kill)(\((?P<seconds>\d+(\.\d+)?)\))?(@(?P<nth>[1-9]\d*))?"
+)
+_MAX_SLEEP_S = 600.0
+
+
+class FailpointError(RuntimeError):
+    """Raised by a `raise` failpoint: an unexpected error, on purpose."""
+
+
+class Action(Enum):
+    SLEEP = "sleep"
+    RAISE = "raise"
+    KILL = "kill"
+
+
+@dataclass(frozen=True, slots=True)
+class Failpoint:
+    name: str
+    action: Action
+    seconds: float = 0.0
+    nth: int | None = None  # None: every hit
+
+
+class Failpoints:
+    """Owns the hit counters. Any thread may hit."""
+
+    def __init__(self, failpoints: tuple[Failpoint, ...] = ()):
+        self._by_name = {failpoint.name: failpoint for failpoint in failpoints}
+        self._hits: dict[str, int] = dict.fromkeys(self._by_name, 0)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def parse(cls, spec: str) -> "Failpoints":
+        """Raises ValueError naming the entry that is not understood."""
+        entries = [entry.strip() for entry in spec.split(";") if entry.strip()]
+        return cls(tuple(_parse_entry(entry) for entry in entries))
+
+    def hit(self, name: str) -> None:
+        """Acts if `name` is set and it is its turn. `sleep` blocks the calling thread."""
+        if self._by_name and (seconds := self._act(name)):
+            time.sleep(seconds)
+
+    async def hit_async(self, name: str) -> None:
+        """As `hit`, but `sleep` suspends only the calling task."""
+        if self._by_name and (seconds := self._act(name)):
+            await asyncio.sleep(seconds)
+
+    def _act(self, name: str) -> float:
+        failpoint = self._by_name.get(name)
+        if failpoint is None:
+            return 0.0
+        with self._lock:
+            self._hits[name] += 1
+            if failpoint.nth is not None and self._hits[name] != failpoint.nth:
+                return 0.0
+        if failpoint.action is Action.KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if failpoint.action is Action.RAISE:
+            raise FailpointError(f"failpoint {name}")
+        return failpoint.seconds
+
+
+def _parse_entry(entry: str) -> Failpoint:
+    match = _ENTRY.fullmatch(entry)
+    if match is None:
+        raise ValueError(f"failpoint {entry!r} is not name=sleep(seconds)|raise|kill[@n]")
+    action, seconds, nth = Action(match["action"]), match["seconds"], match["nth"]
+    if (action is Action.SLEEP) != (seconds is not None):
+        raise ValueError(f"failpoint {entry!r}: sleep takes seconds, the others do not")
+    if seconds is not None and float(seconds) > _MAX_SLEEP_S:
+        raise ValueError(f"failpoint {entry!r}: at most {_MAX_SLEEP_S:g} seconds")
+    return Failpoint(match["name"], action, float(seconds or 0.0), int(nth) if nth else None)

@@ -1,0 +1,160 @@
+"""What a process is doing and whether it serves: state, stall detection, and grpc.health.v1 over both."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from isthmus.clock import Clock, SystemClock
+
+STALL_S = 3.0  # work pending and no step finished for this long
+_WATCH_INTERVAL_S = 0.1
+_MAX_WATCHERS = 256
+
+
+class ServiceState(Enum):
+    STARTING = "starting"
+    IDLE = "idle"
+    STEPPING = "stepping"
+    STALLED = "stalled"
+    DRAINING = "draining"
+    NOT_READY = "not_ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """One look at a process."""
+
+    state: ServiceState
+    serving: bool
+    reason: str = ""  # why not serving
+
+
+class ProgressWatch:
+    """Whether the step loop makes progress, seen from outside it: the loop reports, any thread asks."""
+
+    def __init__(self, clock: Clock | None = None, stall_s: float = STALL_S):
+        self._clock = clock or SystemClock()
+        self._stall_s = stall_s
+        self._lock = threading.Lock()
+        self._progress_at: float | None = None  # None: nothing is pending
+        self._num_steps = 0
+
+    def begin_work(self) -> None:
+        """Work is pending. Calling it again while work is pending does not count as progress."""
+        with self._lock:
+            if self._progress_at is None:
+                self._progress_at = self._clock.now()
+
+    def step_done(self) -> None:
+        with self._lock:
+            self._num_steps += 1
+            if self._progress_at is not None:
+                self._progress_at = self._clock.now()
+
+    def idle(self) -> None:
+        """Nothing is pending."""
+        with self._lock:
+            self._progress_at = None
+
+    @property
+    def num_steps(self) -> int:
+        return self._num_steps
+
+    @property
+    def is_working(self) -> bool:
+        return self._progress_at is not None
+
+    @property
+    def seconds_since_progress(self) -> float:
+        """0 while idle."""
+        with self._lock:
+            return 0.0 if self._progress_at is None else max(0.0, self._clock.now() - self._progress_at)
+
+    @property
+    def is_stalled(self) -> bool:
+        return self.seconds_since_progress >= self._stall_s
+
+
+class HealthState:
+    """Owned by the process's wiring; any thread sets and reads it. Computed at each look: it needs no loop."""
+
+    def __init__(self, watch: ProgressWatch | None = None):
+        self.watch = watch or ProgressWatch()
+        self._lock = threading.Lock()
+        self._phase = Health(ServiceState.STARTING, serving=False, reason="starting")
+
+    def ready(self) -> None:
+        """Serving from now on. Without effect while draining."""
+        self._set(Health(ServiceState.IDLE, serving=True))
+
+    def not_ready(self, reason: str) -> None:
+        """Not serving, and why. Without effect while draining."""
+        self._set(Health(ServiceState.NOT_READY, serving=False, reason=reason))
+
+    def drain(self, reason: str = "draining") -> None:
+        """For good: a process that drains does not serve again."""
+        self._set(Health(ServiceState.DRAINING, serving=False, reason=reason))
+
+    @property
+    def is_draining(self) -> bool:
+        return self._phase.state is ServiceState.DRAINING
+
+    def snapshot(self) -> Health:
+        phase = self._phase
+        if not phase.serving or not self.watch.is_working:
+            return phase
+        seconds = self.watch.seconds_since_progress
+        if self.watch.is_stalled:
+            return Health(ServiceState.STALLED, serving=False, reason=f"no step finished for {seconds:.1f} s")
+        return Health(ServiceState.STEPPING, serving=True)
+
+    def _set(self, phase: Health) -> None:
+        with self._lock:
+            if self._phase.state is not ServiceState.DRAINING:
+                self._phase = phase
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """grpc.health.v1 for the process as a whole ("") and for each of its services by full name."""
+
+    def __init__(self, state: HealthState, services: Iterable[str]):
+        self._state = state
+        self._services = {"", *services}
+        self._num_watchers = 0
+
+    async def Check(  # noqa: N802 - named by the protocol
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+
+    async def Watch(  # noqa: N802 - named by the protocol
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        if self._num_watchers >= _MAX_WATCHERS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watchers")
+        self._num_watchers += 1
+        try:
+            sent = None
+            while True:
+                status = self._status(request.service)
+                if status != sent:
+                    yield health_pb2.HealthCheckResponse(status=status)
+                    sent = status
+                await asyncio.sleep(_WATCH_INTERVAL_S)
+        finally:
+            self._num_watchers -= 1
+
+    def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        if service not in self._services:
+            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        serving = self._state.snapshot().serving
+        return health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

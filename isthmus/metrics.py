@@ -1,0 +1,80 @@
+"""Every metric name, once. One registry per process; gauges are read from the service's status when scraped."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from isthmus.v1 import admin_pb2
+
+_SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """The counters of one process. Any thread may count; label values come from fixed sets, never from clients."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        of = self.registry
+        self.requests = Counter(
+            "isthmus_requests", "Requests ended, by finish or refusal reason", ["outcome"], registry=of
+        )
+        self.tokens = Counter("isthmus_tokens", "Tokens: prompt, cached or generated", ["kind"], registry=of)
+        self.steps = Counter("isthmus_steps", "Model steps", registry=of)
+        self.transfers = Counter("isthmus_transfers", "Transfers ended, by outcome", ["outcome"], registry=of)
+        self.transfer_bytes = Counter("isthmus_transfer_bytes", "Frame bodies sent or received", registry=of)
+        self.transfer_frames = Counter("isthmus_transfer_frames", "Frames sent or received", registry=of)
+        self.refused_frames = Counter("isthmus_refused_frames", "Frames refused, by reason", ["reason"], registry=of)
+        self.alarms = Counter("isthmus_alarms", "Things that must not happen, by kind", ["kind"], registry=of)
+        self.ttft_s = Histogram("isthmus_ttft_seconds", "Receipt to first token sent", buckets=_LONG_S, registry=of)
+        self.itl_s = Histogram("isthmus_itl_seconds", "Between consecutive tokens", buckets=_SHORT_S, registry=of)
+        self.step_s = Histogram("isthmus_step_seconds", "One model step", buckets=_SHORT_S, registry=of)
+
+    def watch_status(self, status: Callable[[], admin_pb2.GetStatusResponse]) -> None:
+        """Adds the gauges; `status` is called at each scrape."""
+        self.registry.register(_StatusCollector(status))
+
+    def counters(self) -> dict[str, int]:
+        """Every counter by name, labels as in `isthmus_tokens_total{kind="prompt"}`; for GetStatus."""
+        values: dict[str, int] = {}
+        for collector in vars(self).values():
+            if isinstance(collector, Counter):
+                values.update(_samples(collector.collect()))
+        return values
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+def _samples(families: Iterable[Metric]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for family in families:
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = int(sample.value)
+    return found
+
+
+class _StatusCollector(Collector):
+    def __init__(self, status: Callable[[], admin_pb2.GetStatusResponse]):
+        self._status = status
+
+    def describe(self) -> list[Metric]:
+        """Nothing, so that registering does not ask for a status."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._status()
+        yield GaugeMetricFamily("isthmus_serving", "1 while the process serves", value=float(status.serving))
+        yield GaugeMetricFamily("isthmus_streams", "Requests in flight", value=status.num_streams)
+        yield GaugeMetricFamily("isthmus_queued", "Requests that wait", value=status.num_queued)
+        blocks = GaugeMetricFamily(
+            "isthmus_blocks", "Cache blocks by state; cached ones are free too", labels=["state"]
+        )
+        for state in ("total", "free", "cached", "referenced", "draining"):
+            blocks.add_metric([state], getattr(status.blocks, state))
+        yield blocks

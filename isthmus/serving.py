@@ -1,0 +1,221 @@
+"""The life of a service process: settings, ports, health from the first moment, work, signal, drain, close."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from isthmus import log
+from isthmus.admin import ADMIN_SERVICE, AdminServicer, Identity, ServiceHooks
+from isthmus.config import ConfigT, ServiceConfig, load
+from isthmus.errors import CannotStart
+from isthmus.health import HealthServicer, HealthState
+from isthmus.http_health import http_health
+from isthmus.rpc import INTERNAL_RECEIVE_BYTES, bind_grpc, create_server
+from isthmus.v1 import admin_pb2_grpc
+
+EXIT_CANNOT_START = 2
+DRAIN_S = 3.0  # the whole stack is gone within 5 s of SIGTERM
+_CLOSE_S = 1.0
+_RPC_GRACE_S = 0.1
+_HEALTH_LOG_S = 0.25
+_log = log.get_logger("serving")
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcService:
+    """A gRPC service: its full name, and how to add it: `lambda server: add_X_to_server(servicer, server)`."""
+
+    full_name: str
+    register: Callable[[grpc.aio.Server], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """What a process shows. Its servicers answer before the work is ready, so they look up what the work makes."""
+
+    config: ServiceConfig
+    identity: Identity
+    health: HealthState
+    hooks: ServiceHooks
+    services: Sequence[GrpcService]
+    max_receive_bytes: int = INTERNAL_RECEIVE_BYTES
+
+
+class Stop:
+    """The process's end, asked for by a signal or by the service itself. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._asked = asyncio.Event()
+        self._hurried = asyncio.Event()
+        self.error: BaseException | None = None
+
+    def request(self, error: BaseException | None = None) -> None:
+        """With an error: it ends the process with a non-zero status, without drain."""
+        self._loop.call_soon_threadsafe(self._request, error)
+
+    async def wait(self) -> None:
+        await self._asked.wait()
+
+    async def wait_hurried(self) -> None:
+        """Asked twice, or with an error: the drain is skipped."""
+        await self._hurried.wait()
+
+    @property
+    def is_asked(self) -> bool:
+        return self._asked.is_set()
+
+    def _request(self, error: BaseException | None) -> None:
+        self.error = self.error or error
+        if self._asked.is_set() or error is not None:
+            self._hurried.set()
+        self._asked.set()
+
+
+Work = Callable[[Stop], AbstractAsyncContextManager[None]]
+
+
+def run_service(
+    config_class: type[ConfigT], main: Callable[[ConfigT], Awaitable[None]], argv: Sequence[str] | None = None
+) -> int:
+    """The exit status: 0 after a drain, 2 if the process cannot start (one line on stderr says why), 1 for all else."""
+
+    async def run(config: ConfigT) -> None:
+        await main(config)
+
+    try:
+        config = load(config_class, sys.argv[1:] if argv is None else argv)
+        log.configure(config.name, config.log_level)
+        asyncio.run(run(config))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001 - the process's root
+        refusal = _find_refusal(error)
+        if refusal is None:
+            _log.exception("process.failed", error)
+            return 1
+        sys.stderr.write(f"isthmus {config_class.role}: {refusal}\n")
+        return EXIT_CANNOT_START
+    return 0
+
+
+async def serve_until_signal(face: Face, work: Work, *, drain_s: float = DRAIN_S) -> None:
+    """Opens the ports, enters `work(stop)`, waits for SIGTERM, SIGINT or `stop.request()`, drains, closes.
+
+    The ports answer (NOT_SERVING, "starting") while `work` is being entered; it calls `health.ready()` itself.
+    Raises what `work` raised, or the error given to `stop.request`.
+    """
+    stop = Stop()
+    admin = AdminServicer(face.identity, face.health, face.hooks)
+    face.hooks.metrics.watch_status(admin.current_status)
+    with _signals(stop):
+        async with _open_ports(face, admin) as server:
+            entered = asyncio.Event()
+
+            async def live() -> None:
+                async with work(stop):
+                    entered.set()
+                    await stop.wait()
+                    await _drain(stop, admin, drain_s)
+                    await server.stop(_RPC_GRACE_S)  # before the work closes: no handler may outlive what it uses
+
+            await _wait_bounded(asyncio.create_task(live(), name="life"), stop, entered, drain_s)
+    if stop.error is not None:
+        raise stop.error
+
+
+async def _drain(stop: Stop, admin: AdminServicer, drain_s: float) -> None:
+    _log.info("service.draining")
+    num_left = await _first_of(admin.drain(drain_s), stop.wait_hurried(), timeout_s=drain_s + _RPC_GRACE_S)
+    _log.info("service.drained", num_left=num_left)
+
+
+async def _wait_bounded(life: asyncio.Task[None], stop: Stop, entered: asyncio.Event, drain_s: float) -> None:
+    """Waits for the life to end; once stop is asked for, within the bound. Work still being entered is cancelled."""
+    asked = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({life, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not life.done() and entered.is_set():
+            await asyncio.wait({life}, timeout=drain_s + _CLOSE_S)
+    finally:
+        asked.cancel()
+        life.cancel()
+        await asyncio.wait({life}, timeout=_CLOSE_S)
+    if life.done() and not life.cancelled():
+        life.result()
+
+
+async def _first_of(
+    main: Coroutine[None, None, int], other: Coroutine[None, None, None], *, timeout_s: float
+) -> int | None:
+    tasks = asyncio.create_task(main), asyncio.create_task(other)
+    try:
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=_CLOSE_S)
+
+
+@contextlib.asynccontextmanager
+async def _open_ports(face: Face, admin: AdminServicer) -> AsyncGenerator[grpc.aio.Server]:
+    config = face.config
+    names = [service.full_name for service in face.services] + [ADMIN_SERVICE]
+    server = create_server(max_receive_bytes=face.max_receive_bytes)
+    for service in face.services:
+        service.register(server)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(face.health, names), server)
+    reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
+    port = bind_grpc(server, config.host, config.grpc_port)
+    face.identity.grpc_address = f"{config.reachable_host}:{port}"
+    async with http_health(face.health, face.hooks.metrics, host=config.host, port=config.http_port) as http_port:
+        face.identity.http_address = f"{config.reachable_host}:{http_port}"
+        await server.start()
+        _log.info("service.listening", grpc=face.identity.grpc_address, http=face.identity.http_address)
+        changes = asyncio.create_task(_log_health(face), name="health-log")
+        try:
+            yield server
+        finally:
+            changes.cancel()
+            await server.stop(0)
+
+
+async def _log_health(face: Face) -> None:
+    seen = face.health.snapshot()
+    while True:
+        now = face.health.snapshot()
+        if (now.state, now.serving) != (seen.state, seen.serving) and not (now.serving and seen.serving):
+            _log.info("health.changed", state=now.state.value, serving=now.serving, reason=now.reason)
+            face.hooks.ledger.record("health.changed", cause=now.reason, state=now.state.value, serving=now.serving)
+        seen = now
+        await asyncio.sleep(_HEALTH_LOG_S)
+
+
+@contextlib.contextmanager
+def _signals(stop: Stop) -> Generator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.request)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _find_refusal(error: BaseException) -> CannotStart | None:
+    if isinstance(error, CannotStart):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next((found for inner in error.exceptions if (found := _find_refusal(inner))), None)
+    return None

@@ -1,0 +1,181 @@
+"""Text to token ids and back, from a model directory's tokenizer.json and tokenizer_config.json. No torch."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from isthmus.chat_template import ChatMessage, ChatTemplate
+from isthmus.detokenizer import Detokenizer
+from isthmus.errors import CannotStart, InvalidRequest
+from isthmus.vocabulary import AddedToken, Vocabulary, read_added_tokens, read_vocabulary
+
+MAX_TEXT_BYTES = 1 << 20
+_MAX_FILE_BYTES = 256 << 20
+
+
+class Tokenizer:
+    """Immutable; any thread may use it. Encoding releases the GIL, so it belongs in a thread, not on the event loop."""
+
+    def __init__(self, settings: Mapping[str, Any], config: Mapping[str, Any], template: str | None = None):
+        """From tokenizer.json, tokenizer_config.json and, before the latter's own template, chat_template.jinja."""
+        added = read_added_tokens(settings)
+        self._controls = {token.content: token.id for token in added if token.is_control and len(token.content) > 1}
+        self._control_ids = frozenset(self._controls.values())
+        self._backend = _backend(settings, added)
+        self._vocabulary = read_vocabulary(settings, self._backend.get_vocab(with_added_tokens=True))
+        self._min_tokens_per_byte = _min_tokens_per_byte(settings, self._vocabulary)
+        named = _named_tokens(config)
+        self._before, self._after = _frame(self._backend, config, named)
+        source = template if template is not None else _template_source(config)
+        self._chat_template = None if source is None else ChatTemplate(source, named, list(self._controls))
+        self._control_pattern = _any_of(self._controls)
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Tokenizer":
+        """Reads a model directory. Raises CannotStart naming the file."""
+        folder = Path(path)
+        settings = _read_json(folder, "tokenizer.json")
+        if not settings:
+            problem, mend = "the file is missing", "point --model at a complete model directory"
+            raise CannotStart(f"model: {folder / 'tokenizer.json'}", problem, mend)
+        return cls(settings, _read_json(folder, "tokenizer_config.json"), _read(folder, "chat_template.jinja"))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows; a model's vocabulary may be padded beyond it."""
+        return len(self._vocabulary.token_bytes)
+
+    def encode(self, text: str, *, max_bytes: int = MAX_TEXT_BYTES, max_tokens: int | None = None) -> list[int]:
+        """With bos as the model's files say. Control tokens written in `text` stay text.
+
+        Raises InvalidRequest over `max_bytes`, and before any work when the text must have more than `max_tokens`.
+        """
+        least = int(_check_size(text, max_bytes, "prompt") * self._min_tokens_per_byte)
+        if max_tokens is not None and least > max_tokens:
+            raise InvalidRequest.of("prompt", f"{least} tokens or more", f"at most {max_tokens} tokens")
+        return [*self._before, *self._encode_text(text, "prompt"), *self._after]
+
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True, max_bytes: int = MAX_TEXT_BYTES
+    ) -> list[int]:
+        """Through the model's chat template, which writes bos itself. Contents become text only, whatever they say."""
+        if self._chat_template is None:
+            allowed = "prompt or token_ids: the model has no chat template"
+            raise InvalidRequest.of("chat", f"{len(messages)} messages", allowed)
+        for i, message in enumerate(messages):
+            _check_size(message.content, max_bytes, f"chat.messages[{i}].content")
+        chat = self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        _check_size(chat.plain(chat.text), max_bytes, "chat")
+        token_ids: list[int] = []
+        for part in self._control_pattern.split(chat.text):
+            if part in self._controls:
+                token_ids.append(self._controls[part])
+            elif part:
+                token_ids += self._encode_text(chat.plain(part), "chat")
+        return token_ids
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """What a Detokenizer without stop strings releases for these tokens in all."""
+        text = b"".join(map(self._vocabulary.bytes_of, token_ids)).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._vocabulary.strips_leading_space else text
+
+    def detokenizer(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> Detokenizer:
+        return Detokenizer(self._vocabulary, stop, include_stop=include_stop)
+
+    def _encode_text(self, text: str, field: str) -> list[int]:
+        # A batch of one: unlike `encode` it releases the GIL (a megabyte takes seconds) and computes no offsets.
+        token_ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        if not self._control_ids.isdisjoint(token_ids):  # vocabularies exist that hold control tokens as words
+            raise InvalidRequest.of(field, "a control token", "text without the model's control tokens")
+        return token_ids
+
+
+def _any_of(controls: Iterable[str]) -> re.Pattern[str]:
+    """One group, so that `split` keeps what matched; the longest token wins."""
+    longest_first = sorted(controls, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def _backend(settings: Mapping[str, Any], added: Sequence[AddedToken]) -> tokenizers.Tokenizer:
+    """Reads control tokens as text: it leaves special tokens alone, so controls left unmarked become special here."""
+    controls = {token.id for token in added if token.is_control}
+    entries = [{**entry, "special": entry["id"] in controls} for entry in settings.get("added_tokens") or []]
+    changed = {**settings, "added_tokens": entries, "truncation": None, "padding": None}
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    except Exception as error:  # the library raises nothing more precise for a bad file
+        raise CannotStart("tokenizer.json", str(error), "take the file the model was published with") from error
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _frame(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]
+) -> tuple[list[int], list[int]]:
+    """Ids before and after every prompt: an explicit add_bos_token or add_eos_token wins over the post-processor."""
+    probe = backend.encode("a", add_special_tokens=True)
+    is_text = [not mask for mask in probe.special_tokens_mask]
+    first = is_text.index(True)
+    last = len(is_text) - is_text[::-1].index(True)
+    frames: list[list[int]] = []
+    for name, default in (("bos", probe.ids[:first]), ("eos", probe.ids[last:])):
+        wanted = config.get(f"add_{name}_token")
+        token_id = backend.token_to_id(named.get(f"{name}_token", ""))
+        frames.append(default if wanted is None or token_id is None else [token_id] * bool(wanted))
+    return frames[0], frames[1]
+
+
+def _min_tokens_per_byte(settings: Mapping[str, Any], vocabulary: Vocabulary) -> float:
+    """A lower bound, so that a text that cannot fit is refused unread; 0 where a normalizer may shorten text."""
+    normalizer = settings.get("normalizer")
+    if normalizer and normalizer.get("normalizers", True):
+        return 0.0
+    return 1 / max(1, *map(len, vocabulary.token_bytes))
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and the like, as templates use them."""
+    named: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(name)
+        named[name] = (value.get("content") if isinstance(value, dict) else value) or ""
+    return named
+
+
+def _template_source(config: Mapping[str, Any]) -> str | None:
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        return next((entry["template"] for entry in source if entry["name"] == "default"), None)
+    return source
+
+
+def _check_size(text: str, max_bytes: int, field: str) -> int:
+    """The text's size in bytes."""
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequest.of(field, "a lone surrogate", "text that UTF-8 can hold") from None
+    if num_bytes > max_bytes:
+        raise InvalidRequest.of(field, f"{num_bytes} bytes", f"at most {max_bytes} bytes")
+    return num_bytes
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Empty where there is no such file."""
+    try:
+        return json.loads(_read(folder, name) or "{}")
+    except ValueError as error:
+        raise CannotStart(f"model: {folder / name}", f"not JSON: {error}", "take the published file") from error
+
+
+def _read(folder: Path, name: str) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise CannotStart(f"model: {path}", "too large", f"take a file of at most {_MAX_FILE_BYTES} bytes")
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,96 @@
+"""What a tokenizer.json says about its tokens: the bytes each id stands for, and which of them control the model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from isthmus.errors import CannotStart
+
+_SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+_WORD_START = "\u2581"  # sentencepiece writes a space as this
+_CONTROL_OPENINGS = "<[\uff5c"
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    id: int
+    content: str
+    is_special: bool  # releases no text
+
+    @property
+    def is_control(self) -> bool:
+        """Special, or shaped like a tag: many vocabularies leave `<think>` or their role markers unmarked."""
+        return self.is_special or self.content[:1] in _CONTROL_OPENINGS
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """`token_bytes[id]`: the UTF-8 a token adds to the text, perhaps part of a character; empty for special tokens."""
+
+    token_bytes: tuple[bytes, ...]
+    strips_leading_space: bool
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Ids the tokenizer does not know (a padded vocabulary) stand for nothing."""
+        return self.token_bytes[token_id] if 0 <= token_id < len(self.token_bytes) else b""
+
+
+def read_added_tokens(settings: Mapping[str, Any]) -> list[AddedToken]:
+    entries = cast("list[dict[str, Any]]", settings.get("added_tokens") or [])
+    return [AddedToken(entry["id"], entry["content"], bool(entry.get("special"))) for entry in entries]
+
+
+def read_vocabulary(settings: Mapping[str, Any], ids: Mapping[str, int]) -> Vocabulary:
+    """From tokenizer.json and the ids of all tokens, added ones included. Raises CannotStart for unknown decoders."""
+    decoders = _flatten(settings.get("decoder"))
+    kinds = {decoder["type"] for decoder in decoders}
+    if kinds == {"ByteLevel"}:
+        by_character = _byte_level_alphabet()
+        strips, to_bytes = False, lambda token: _byte_level_bytes(token, by_character)
+    elif kinds and kinds <= _SENTENCEPIECE_DECODERS:
+        strips = any(_strips_leading_space(decoder) for decoder in decoders)
+        to_bytes = _sentencepiece_bytes
+    else:
+        mend = "take a byte-level or sentencepiece tokenizer"
+        raise CannotStart("tokenizer.json: decoder", f"{sorted(kinds)} is not known", mend)
+    special = {token.id for token in read_added_tokens(settings) if token.is_special}
+    table = [b""] * (max(ids.values(), default=-1) + 1)
+    for token, token_id in ids.items():
+        if token_id not in special:
+            table[token_id] = to_bytes(token)
+    return Vocabulary(tuple(table), strips)
+
+
+def _flatten(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [inner for part in decoder["decoders"] for inner in _flatten(part)]
+    return [decoder]
+
+
+def _strips_leading_space(decoder: Mapping[str, Any]) -> bool:
+    if decoder["type"] == "Metaspace":
+        return decoder.get("prepend_scheme", "always") != "never"
+    return decoder["type"] == "Strip" and decoder["content"] == " " and decoder["start"] > 0
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Each byte's printable stand-in, as GPT-2 defined it: printable Latin-1 is itself, the rest follows U+0100."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _byte_level_bytes(token: str, by_character: Mapping[str, int]) -> bytes:
+    """A token with a character outside the alphabet is an added one, written as it is."""
+    try:
+        return bytes(by_character[character] for character in token)
+    except KeyError:
+        return token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes.fromhex(token[3:5])
+    return token.replace(_WORD_START, " ").encode()

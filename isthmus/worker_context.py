@@ -1,0 +1,40 @@
+"""What the parts of one worker process share."""
+
+from dataclasses import dataclass
+
+from isthmus.admin import Identity
+from isthmus.clock import Clock, SystemClock
+from isthmus.config import WorkerConfig
+from isthmus.failpoints import Failpoints
+from isthmus.health import HealthState, ProgressWatch
+from isthmus.ids import new_incarnation
+from isthmus.ledger import Ledger
+from isthmus.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """Made once, in the composition root; every member may be used by any thread."""
+
+    identity: Identity
+    clock: Clock
+    ledger: Ledger
+    metrics: Metrics
+    health: HealthState
+    failpoints: Failpoints
+
+    @classmethod
+    def create(cls, config: WorkerConfig) -> "WorkerContext":
+        clock = SystemClock()
+        return cls(
+            identity=Identity(config.name, config.role, new_incarnation()),
+            clock=clock,
+            ledger=Ledger(),
+            metrics=Metrics(),
+            health=HealthState(ProgressWatch(clock)),
+            failpoints=Failpoints.parse(config.failpoints),
+        )
+
+    @property
+    def progress(self) -> ProgressWatch:
+        return self.health.watch
