@@ -1,0 +1,80 @@
+"""A prefill worker put together: engine, sender, prefill loop, lease, and what it shows of itself."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from functools import partial
+
+from isthmus.admin import ServiceHooks
+from isthmus.config import PrefillConfig
+from isthmus.engine.engine import Engine
+from isthmus.engine.report import engine_status, open_engine
+from isthmus.serving import Face, GrpcService, Stop, serve_until_signal
+from isthmus.v1 import admin_pb2, prefill_pb2_grpc
+from isthmus.worker_context import WorkerContext
+from kv_transfer.membership import Membership
+from kv_transfer.ownership import OpenStore
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.selftest import round_trip
+from kv_transfer.sender import Sender
+from prefill_service.server import PrefillServer
+from prefill_service.worker import PrefillLoop
+
+SERVICE = "isthmus.v1.PrefillService"
+
+
+class PrefillWorker:
+    """The process's composition root; runs once."""
+
+    def __init__(self, config: PrefillConfig, open_store: OpenStore):
+        self._config = config
+        self._open_store = open_store
+        self._context = WorkerContext.create(config)
+        self._identity = self._context.identity
+        self._server = PrefillServer(self._context.clock)
+        self._engine: Engine | None = None
+        self._sender: Sender | None = None
+        self._prefill_loop: PrefillLoop | None = None
+
+    async def run(self) -> None:
+        """Returns after a drain; raises CannotStart when a setting is in the way."""
+        hooks = ServiceHooks(self._status, self._drain, self._context.ledger, self._context.metrics)
+        register = partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, self._server)
+        face = Face(self._config, self._identity, self._context.health, hooks, [GrpcService(SERVICE, register)])
+        await serve_until_signal(face, self._work)
+
+    @contextlib.asynccontextmanager
+    async def _work(self, stop: Stop) -> AsyncIterator[None]:
+        """Opens everything in the order of need; the stack closes it in reverse."""
+        async with contextlib.AsyncExitStack() as stack:
+            store = await self._open_store(self._config.redis_url)
+            stack.push_async_callback(store.close)
+            engine = self._engine = await asyncio.to_thread(open_engine, self._config)
+            memory = PoolMemory(engine.layout, engine.cache.memory())
+            sender = self._sender = Sender(self._identity.incarnation, memory, self._context.ledger)
+            stack.callback(sender.close)
+            prefill_loop = self._prefill_loop = PrefillLoop(
+                engine,
+                sender,
+                self._context,
+                tile_budget=self._config.tile_budget,
+            )
+            prefill_loop.start()
+            stack.push_async_callback(asyncio.to_thread, prefill_loop.stop)
+            await asyncio.to_thread(round_trip, engine.layout)
+            self._server.open(prefill_loop, engine)
+            member = Membership(self._config, self._context, self._status, self._open_store)
+            await stack.enter_async_context(member.join(store, engine.layout))
+            yield
+
+    def _status(self) -> admin_pb2.GetStatusResponse:
+        status = engine_status(self._config.model, self._engine)
+        if self._prefill_loop is not None and self._sender is not None:
+            status.num_streams = self._server.num_calls
+            status.num_queued = self._prefill_loop.num_queued
+            status.counters.update(self._sender.counters)
+        return status
+
+    async def _drain(self, timeout_s: float) -> int:
+        """Refuses new prompts and waits until the last block of the running ones is acknowledged; how many are left."""
+        return await self._server.drain(timeout_s)

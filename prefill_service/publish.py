@@ -1,0 +1,43 @@
+"""Publishing: each layer's latent rows leave for decode while the next layer computes."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
+
+from isthmus.kv_layout import KvLayout
+from prefill_service.sequence import Chunk, Sequence
+
+
+class Abandoned(Exception):
+    """Every prompt of the step was cancelled or ran out of time: the pass stops between two layers."""
+
+
+class LayerPublisher:
+    """`on_layer` of one step's pass: hands finished rows to the transfers, and checks for cancellation."""
+
+    def __init__(self, chunks: Ordered[Chunk], layout: KvLayout, *, now: Callable[[], float]):
+        self._chunks = chunks
+        self._layout = layout
+        self._now = now
+
+    def __call__(self, layer: int) -> None:
+        now = self._now()
+        live = [chunk for chunk in self._chunks if not chunk.sequence.must_stop(now)]
+        if not live:
+            raise Abandoned
+        for sequence, start, num_tokens in live:
+            send_rows(sequence, self._layout, layer, start, num_tokens)
+
+
+def send_rows(sequence: Sequence, layout: KvLayout, layer: int, start: int, num_tokens: int) -> None:
+    """Offers rows of every plane that has this layer; what decode already holds is skipped by the transfer."""
+    if sequence.transfer is None or num_tokens == 0:
+        return
+    for index, plane in enumerate(layout.planes):
+        if layer < plane.num_layers:
+            sequence.transfer.rows_ready(index, layer, start, num_tokens)
+
+
+def send_cached_prefix(sequence: Sequence, layout: KvLayout) -> None:
+    """A prefix found in this worker's cache is sent as it lies, before anything is computed."""
+    for layer in range(max(plane.num_layers for plane in layout.planes)):
+        send_rows(sequence, layout, layer, 0, sequence.num_cached_tokens)

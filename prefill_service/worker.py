@@ -1,0 +1,252 @@
+"""The prefill loop: one thread that computes prompts tile by tile, publishes layer by layer and samples token 0."""
+
+import queue
+import threading
+import time
+
+from isthmus.convert import finish_reason_to_proto, token_to_proto
+from isthmus.engine.block_pool import prefix_hashes
+from isthmus.engine.engine import Engine
+from isthmus.engine.runner import TILE, PrefillChunk
+from isthmus.engine.sampler import SamplingInput, sample
+from isthmus.errors import DeadlinePassed, IsthmusError, NoFreeBlocks, NonFiniteLogits, Overloaded, RequestCancelled
+from isthmus.log import get_logger
+from isthmus.stopping import finish_reason
+from isthmus.types import Token
+from isthmus.v1 import prefill_pb2
+from isthmus.worker_context import WorkerContext
+from kv_transfer.sender import Sender, TransferOutcome
+from prefill_service.publish import Abandoned, LayerPublisher, send_cached_prefix
+from prefill_service.scheduler import plan
+from prefill_service.sequence import Chunk, Sequence
+
+MAX_SEQUENCES = 256
+MAX_RUNNING = 32
+IDLE_WAIT_S = 0.2
+BLOCKED_WAIT_S = 0.005  # nothing to compute, but prompts wait for blocks that transfers still read
+log = get_logger("prefill.worker")
+Response = prefill_pb2.PrefillResponse
+
+
+class PrefillLoop:
+    """Owns every submitted sequence until it emitted Done or an error."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sender: Sender,
+        context: WorkerContext,
+        *,
+        tile_budget: int,
+    ):
+        self._engine = engine
+        self._sender = sender
+        self._tile_budget = tile_budget
+        self._ledger = context.ledger
+        self._progress = context.progress
+        self._clock = context.clock
+        self._failpoints = context.failpoints
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._inbox: queue.Queue[Sequence | None] = queue.Queue(MAX_SEQUENCES)
+        self._thread = threading.Thread(target=self._run, name="prefill-step", daemon=True)
+        self.num_steps = 0
+        self.num_tokens = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Ends the loop after the current step; sequences still here get RequestCancelled."""
+        self._inbox.put(None, timeout=timeout_s)
+        self._thread.join(timeout_s)
+
+    def submit(self, sequence: Sequence) -> int:
+        """Returns how many sequences are ahead. Raises Overloaded at the bound."""
+        num_ahead = self.num_queued
+        if num_ahead >= MAX_SEQUENCES:
+            raise Overloaded("this prefill worker has all the prompts it takes", retry_after_s=0.1)
+        self._inbox.put_nowait(sequence)
+        return num_ahead
+
+    @property
+    def num_queued(self) -> int:
+        return self._inbox.qsize() + len(self._waiting) + len(self._running)
+
+    def _run(self) -> None:
+        while self._take_submissions():
+            self._drop_stopped()
+            self._admit()
+            chunks = plan(self._running, TILE, self._tile_budget)
+            if not chunks:
+                self._progress.idle()
+                continue
+            self._progress.begin_work()
+            self._failpoints.hit("prefill.step")
+            self._step(chunks)
+            self._progress.step_done()
+        for sequence in self._waiting + self._running:
+            self._end(sequence, RequestCancelled("the prefill worker stops"))
+
+    def _take_submissions(self) -> bool:
+        """Takes every waiting submission; waits only when there is nothing to compute. False: stop."""
+        timeout_s = BLOCKED_WAIT_S if self._waiting else IDLE_WAIT_S
+        try:
+            submitted = self._inbox.get(block=not self._running, timeout=timeout_s)
+            while submitted is not None:
+                self._waiting.append(submitted)
+                submitted = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+        return False
+
+    def _drop_stopped(self) -> None:
+        now = self._clock.now()
+        for sequence in [s for s in self._waiting + self._running if s.must_stop(now)]:
+            if sequence.is_cancelled:
+                self._end(sequence, RequestCancelled("cancelled"))
+            else:
+                self._end(sequence, DeadlinePassed("the deadline passed during prefill"))
+
+    def _admit(self) -> None:
+        """Gives blocks to waiting prompts, by priority then arrival, while there are any."""
+        self._waiting.sort(key=lambda sequence: -sequence.request.priority)  # stable: arrival order within a priority
+        while self._waiting and len(self._running) < MAX_RUNNING:
+            try:
+                self._take_blocks(self._waiting[0])
+            except NoFreeBlocks:
+                return
+            sequence = self._waiting.pop(0)
+            self._running.append(sequence)
+            self._open_transfer(sequence)
+            self._ledger.record(
+                "prefill.started", request_id=sequence.request.request_id, cached=sequence.num_cached_tokens
+            )
+
+    def _take_blocks(self, sequence: Sequence) -> None:
+        """At least the last prompt token is computed: its logits give token 0."""
+        pool, prompt = self._engine.pool, sequence.request.prompt_token_ids
+        cached = pool.match(prefix_hashes(prompt[:-1], pool.block_size, self._engine.layout.fingerprint))
+        try:
+            fresh = pool.allocate(self._engine.layout.num_blocks(len(prompt)) - len(cached))
+        except NoFreeBlocks:
+            pool.release(cached)
+            raise
+        sequence.block_table = cached + fresh
+        sequence.num_cached_tokens = sequence.num_computed_tokens = len(cached) * pool.block_size
+        sequence.first_tile_ns = time.monotonic_ns()
+
+    def _open_transfer(self, sequence: Sequence) -> None:
+        if sequence.target is None:
+            return
+        blocks = list(sequence.block_table)
+        self._engine.pool.begin_drain(blocks)  # until the transfer is done its sends may read these blocks
+
+        def on_done(outcome: TransferOutcome) -> None:
+            self._engine.pool.end_drain(blocks)
+            sequence.emit(Response(done=_done(sequence, outcome)))
+
+        try:
+            sequence.transfer = self._sender.open(
+                sequence.target, blocks, on_done, request_id=sequence.request.request_id
+            )
+        except IsthmusError as error:
+            self._engine.pool.end_drain(blocks)
+            self._end(sequence, error)
+            return
+        send_cached_prefix(sequence, self._engine.layout)
+
+    def _step(self, chunks: list[Chunk]) -> None:
+        publisher = LayerPublisher(chunks, self._engine.layout, now=self._clock.now)
+        inputs = [
+            PrefillChunk(
+                token_ids=chunk.sequence.request.prompt_token_ids[chunk.start : chunk.start + chunk.num_tokens],
+                start=chunk.start,
+                block_table=chunk.sequence.block_table,
+                needs_logits=chunk.ends_prompt,
+            )
+            for chunk in chunks
+        ]
+        try:
+            logits = self._engine.runner.prefill(inputs, on_layer=publisher)
+        except Abandoned:
+            return  # the next turn of the loop ends them
+        except Exception as error:
+            log.exception("step_failed", error, num_sequences=len(chunks))
+            for chunk in chunks:
+                self._end(chunk.sequence, IsthmusError(f"prefill step failed: {type(error).__name__}"))
+            return
+        self.num_steps += 1
+        self._account(chunks)
+        ended = [chunk.sequence for chunk in chunks if chunk.ends_prompt]
+        results = sample(logits, [SamplingInput(sequence.request, ()) for sequence in ended])
+        for sequence, result in zip(ended, results, strict=True):
+            self._finish(sequence, result)
+
+    def _account(self, chunks: list[Chunk]) -> None:
+        for sequence, start, num_tokens in chunks:
+            sequence.stamp()
+            if start == sequence.num_cached_tokens:
+                self._ledger.record(
+                    "prefill.first_chunk_ended", request_id=sequence.request.request_id, num_tokens=num_tokens
+                )
+            sequence.num_computed_tokens += num_tokens
+            self.num_tokens += num_tokens
+            if sequence.num_left:
+                progress = prefill_pb2.Progress(num_computed_tokens=sequence.num_computed_tokens)
+                sequence.emit(Response(progress=progress))
+
+    def _finish(self, sequence: Sequence, result: Token | NonFiniteLogits) -> None:
+        """Token 0 goes straight back; decode gets the commit, or the news that it is not needed."""
+        if isinstance(result, NonFiniteLogits):
+            self._end(sequence, result)
+            return
+        reason = finish_reason(sequence.request, [result.id], self._engine.context_length)
+        first = prefill_pb2.FirstToken(token=token_to_proto(result), num_cached_tokens=sequence.num_cached_tokens)
+        if reason is not None:
+            first.finish_reason = finish_reason_to_proto(reason)
+        sequence.emit(Response(first_token=first))
+        self._ledger.record("prefill.first_token", request_id=sequence.request.request_id)
+        self._publish_prompt_blocks(sequence)
+        if sequence.transfer is None:
+            sequence.emit(Response(done=prefill_pb2.Done(acked=True, prefill_ms=sequence.prefill_ms)))
+        elif reason is None:
+            sequence.transfer.commit(result)
+        else:
+            sequence.transfer.abort("finished at token 0", finished=True)
+        self._forget(sequence)
+
+    def _publish_prompt_blocks(self, sequence: Sequence) -> None:
+        prompt, pool = sequence.request.prompt_token_ids, self._engine.pool
+        hashes = prefix_hashes(prompt, pool.block_size, self._engine.layout.fingerprint)
+        for block_id, block_hash in zip(sequence.block_table, hashes, strict=False):
+            pool.publish(block_id, block_hash)
+
+    def _end(self, sequence: Sequence, error: IsthmusError) -> None:
+        """The error is what the caller sees; the transfer's Done, if one follows, comes too late to matter."""
+        sequence.emit(error)
+        if sequence.transfer is not None:
+            sequence.transfer.abort(error.reason)
+        self._ledger.record("prefill.ended", request_id=sequence.request.request_id, cause=error.reason)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
+        blocks, sequence.block_table = sequence.block_table, []
+        self._engine.pool.release(blocks)
+
+
+def _done(sequence: Sequence, outcome: TransferOutcome) -> prefill_pb2.Done:
+    exposed_ns = max(0, (outcome.last_ack_ns or 0) - sequence.last_tile_ns)
+    return prefill_pb2.Done(
+        acked=outcome.acked,
+        failure=outcome.failure,
+        prefill_ms=sequence.prefill_ms,
+        transfer_exposed_ms=exposed_ns / 1e6,
+        transfer_bytes=outcome.bytes,
+        transfer_blocks=outcome.blocks,
+        transfer_frames=outcome.frames,
+    )
