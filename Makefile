@@ -20,10 +20,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help env demo test check lint types imports proto containers stubs format clean
-.PHONY: bench-transfer bench-handoff bench-serve bench-step
 
 help: ## show the targets
-	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 env: $(READY) ## make or refresh .venv
 
@@ -68,7 +67,7 @@ format: $(READY) ## apply ruff's fixes and format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench-transfer bench-handoff bench-serve bench-step: bench-%: $(READY) ## one benchmark
+bench-%: benchmarks/%.py $(READY) ## one benchmark: bench-transfer, bench-handoff, bench-serve, bench-step_loop
 	@$(BIN)/python -m benchmarks.$*
 
 clean: ## remove the environment and every cache

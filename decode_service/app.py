@@ -6,21 +6,23 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import TypeVar
 
+from decode_service.ownership_report import OwnershipReport
 from decode_service.server import DecodeServer
 from decode_service.streams import Limits, Streams
 from decode_service.worker import StepLoop
 from isthmus.admin import ServiceHooks
 from isthmus.config import DecodeConfig
 from isthmus.engine.engine import Engine
-from isthmus.engine.report import engine_status, open_engine
+from isthmus.worker_engine import engine_status, open_engine, transfer_memory
 from isthmus.serving import Face, GrpcService, Stop, serve_until_signal
 from isthmus.v1 import admin_pb2, decode_pb2_grpc
 from isthmus.worker_context import WorkerContext
-from kv_transfer.membership import Membership
+from kv_transfer.events import ReceiverOptions, TransferEvents
+from kv_transfer.membership import Membership, running
 from kv_transfer.mirror import HandoffMirror
-from kv_transfer.ownership import OpenStore
+from kv_transfer.ownership import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory
-from kv_transfer.receiver import Receiver, ReceiverOptions, TransferEvents
+from kv_transfer.receiver import Receiver
 from kv_transfer.selftest import round_trip
 
 SERVICE = "isthmus.v1.DecodeService"
@@ -52,13 +54,13 @@ class DecodeWorker:
     async def _work(self, stop: Stop) -> AsyncIterator[None]:
         """Opens everything in the order of need; the stack closes it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
-            store = await self._open_store(self._config.redis_url)
-            stack.push_async_callback(store.close)
+            store = await stack.enter_async_context(connected(self._open_store, self._config))
             engine = self._engine = await asyncio.to_thread(open_engine, self._config)
-            memory = PoolMemory(engine.layout, engine.cache.memory())
-            mirror = await stack.enter_async_context(HandoffMirror(store, decode=self._identity.incarnation))
+            memory = PoolMemory(engine.layout, transfer_memory(engine))
+            mirror = await stack.enter_async_context(running(HandoffMirror(store)))
+            report = OwnershipReport(mirror, self._identity.incarnation)
             loop = asyncio.get_running_loop()
-            receiver = self._receiver = self._open_receiver(memory, mirror, loop)
+            receiver = self._receiver = self._open_receiver(memory, report, loop)
             stack.callback(receiver.close)
             step_loop = StepLoop(
                 engine,
@@ -71,7 +73,7 @@ class DecodeWorker:
                 receiver,
                 step_loop,
                 self._context,
-                mirror=mirror,
+                report=report,
                 limits=Limits(MAX_STREAMS, self._config.fill_timeout_s),
             )
             step_loop.start()
@@ -83,11 +85,11 @@ class DecodeWorker:
             await stack.enter_async_context(member.join(store, engine.layout))
             yield
 
-    def _open_receiver(self, memory: PoolMemory, mirror: HandoffMirror, loop: asyncio.AbstractEventLoop) -> Receiver:
+    def _open_receiver(self, memory: PoolMemory, report: OwnershipReport, loop: asyncio.AbstractEventLoop) -> Receiver:
         events = TransferEvents(
             on_ready=_in_loop(loop, lambda claim: self._streams and self._streams.claimed(claim)),
             on_failed=_in_loop(loop, lambda failure: self._streams and self._streams.failed(failure)),
-            on_state=mirror.changed,
+            on_state=report.handoff_changed,
         )
         options = ReceiverOptions(host=self._config.host, port=self._config.zmq_port)
         receiver = Receiver(self._identity.incarnation, memory, self._context.ledger, events, options=options)

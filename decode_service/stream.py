@@ -6,6 +6,7 @@ from typing import Protocol
 
 from isthmus.engine.block_pool import BlockPool
 from isthmus.types import FinishReason, Request, Token
+from isthmus.v1 import decode_pb2
 
 
 class Phase(Enum):
@@ -25,7 +26,7 @@ class AttachKey:
 class TokenSink(Protocol):
     """Where a stream's messages go: the session of the router it is attached to."""
 
-    def is_open(self) -> bool: ...
+    def send(self, message: decode_pb2.SessionResponse) -> None: ...
 
 
 @dataclass(eq=False, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from decode_service import messages
+from decode_service.ownership_report import OwnershipReport
 from decode_service.session import RouterSession
 from decode_service.stream import AttachKey, Emission, Ended, Phase, Stream
 from decode_service.tombstones import Tombstones
@@ -19,8 +20,8 @@ from isthmus.ids import new_transfer_id
 from isthmus.kv_layout import KvLayout
 from isthmus.types import Extent, FinishReason, Request
 from isthmus.worker_context import WorkerContext
-from kv_transfer.mirror import HandoffMirror
-from kv_transfer.receiver import ClaimedTransfer, FailedTransfer, Receiver
+from kv_transfer.events import ClaimedTransfer, FailedTransfer
+from kv_transfer.receiver import Receiver
 from kv_transfer.transfers import Reservation
 
 TOMBSTONE_SLACK_S = 5.0
@@ -51,13 +52,13 @@ class Streams:
         step_loop: StepLoop,
         context: WorkerContext,
         *,
-        mirror: HandoffMirror,
+        report: OwnershipReport,
         limits: Limits,
     ):
         self._engine = engine
         self._receiver = receiver
         self._step_loop = step_loop
-        self._mirror = mirror
+        self._report = report
         self._ledger = context.ledger
         self._clock = context.clock
         self._limits = limits
@@ -136,7 +137,7 @@ class Streams:
         self._publish_prompt_blocks(stream)
         stream.phase = Phase.RUNNING
         stream.append(claim.token)
-        self._mirror.stream_began(stream.request_id)
+        self._report.stream_began(stream.request_id)
         self._ledger.record("stream.joined", request_id=stream.request_id, transfer_id=stream.transfer_id)
         stream.sink.send(messages.step_tokens(next(self._steps), [Emission(stream, 0, claim.token, None)]))
         self._step_loop.join(stream)
@@ -261,7 +262,7 @@ class Streams:
         self._tombstones.add(stream.request_id, stream.attach.counter)
         if stream.token_ids:  # claimed once: the receiver and the mirror still know it
             self._receiver.release(stream.transfer_id)
-            self._mirror.stream_ended(stream.request_id)
+            self._report.stream_ended(stream.request_id)
         self._ledger.record(
             "stream.ended",
             request_id=stream.request_id,

@@ -25,6 +25,7 @@ from pydantic import (
 from isthmus.errors import CannotStart
 from isthmus.failpoints import Failpoints
 
+EXIT_CANNOT_START = 2  # the status of a process that CannotStart ended
 ENV_PREFIX = "ISTHMUS_"
 _CONFIG_FILE = "config"  # --config, ISTHMUS_CONFIG
 _WILDCARD_HOSTS = ("", "0.0.0.0", "::")

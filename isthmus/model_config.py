@@ -9,12 +9,16 @@ from isthmus.errors import CannotStart
 
 
 class Router(Enum):
-    """How a token's experts are chosen (models.md of the design: V2 by softmax, V3 by sigmoid with a balancing bias)."""
+    """How a token's experts are chosen."""
 
-    SOFTMAX = "softmax"  # scores = softmax over all experts; a group's score is its best expert
-    SIGMOID_BIAS = (
-        "sigmoid_bias"  # scores = sigmoid; choice by score + bias; a group's score is the sum of its best two
-    )
+    # DeepSeek-V2: scores by softmax over all experts; a group scores as its best expert.
+    SOFTMAX = "softmax"
+    # DeepSeek-V3: scores by sigmoid, chosen by score + bias; a group scores as its best two together.
+    SIGMOID_BIAS = "sigmoid_bias"
+
+    @property
+    def has_bias(self) -> bool:
+        return self is Router.SIGMOID_BIAS
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ def create_server(
         ("grpc.max_send_message_length", INTERNAL_RECEIVE_BYTES),
         ("grpc.max_concurrent_streams", max_concurrent_calls),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
+        ("grpc.http2.max_ping_strikes", 0),  # bandwidth probes come on top of keepalive; neither is an attack
         ("grpc.so_reuseport", 0),  # or a taken port would go unnoticed
     ]
     return grpc.aio.server(interceptors=[ErrorMapper()], options=options)

@@ -14,14 +14,13 @@ from grpc_reflection.v1alpha import reflection
 
 from isthmus import log
 from isthmus.admin import ADMIN_SERVICE, AdminServicer, Identity, ServiceHooks
-from isthmus.config import ConfigT, ServiceConfig, load
+from isthmus.config import EXIT_CANNOT_START, ConfigT, ServiceConfig, load
 from isthmus.errors import CannotStart
 from isthmus.health import HealthServicer, HealthState
 from isthmus.http_health import http_health
 from isthmus.rpc import INTERNAL_RECEIVE_BYTES, bind_grpc, create_server
 from isthmus.v1 import admin_pb2_grpc
 
-EXIT_CANNOT_START = 2
 DRAIN_S = 3.0  # the whole stack is gone within 5 s of SIGTERM
 _CLOSE_S = 1.0
 _RPC_GRACE_S = 0.1

@@ -4,8 +4,8 @@ import sys
 
 from isthmus.config import PrefillConfig
 from isthmus.serving import run_service
-from kv_transfer.ownership_redis import open_store
+from kv_transfer.ownership_redis import RedisOwnership
 from prefill_service.app import PrefillWorker
 
 sys.setswitchinterval(5e-4)  # the sender wakes while a layer computes
-sys.exit(run_service(PrefillConfig, lambda config: PrefillWorker(config, open_store).run()))
+sys.exit(run_service(PrefillConfig, lambda config: PrefillWorker(config, RedisOwnership).run()))

@@ -8,12 +8,12 @@ from functools import partial
 from isthmus.admin import ServiceHooks
 from isthmus.config import PrefillConfig
 from isthmus.engine.engine import Engine
-from isthmus.engine.report import engine_status, open_engine
+from isthmus.worker_engine import engine_status, open_engine, transfer_memory
 from isthmus.serving import Face, GrpcService, Stop, serve_until_signal
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
 from isthmus.worker_context import WorkerContext
 from kv_transfer.membership import Membership
-from kv_transfer.ownership import OpenStore
+from kv_transfer.ownership import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.selftest import round_trip
 from kv_transfer.sender import Sender
@@ -47,10 +47,9 @@ class PrefillWorker:
     async def _work(self, stop: Stop) -> AsyncIterator[None]:
         """Opens everything in the order of need; the stack closes it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
-            store = await self._open_store(self._config.redis_url)
-            stack.push_async_callback(store.close)
+            store = await stack.enter_async_context(connected(self._open_store, self._config))
             engine = self._engine = await asyncio.to_thread(open_engine, self._config)
-            memory = PoolMemory(engine.layout, engine.cache.memory())
+            memory = PoolMemory(engine.layout, transfer_memory(engine))
             sender = self._sender = Sender(self._identity.incarnation, memory, self._context.ledger)
             stack.callback(sender.close)
             prefill_loop = self._prefill_loop = PrefillLoop(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from isthmus.errors import IsthmusError
 from isthmus.types import Request, TransferTarget
 from isthmus.v1 import prefill_pb2
-from kv_transfer.sender import OutgoingTransfer
+from kv_transfer.outgoing import OutgoingTransfer
 
 Event = prefill_pb2.PrefillResponse | IsthmusError
 

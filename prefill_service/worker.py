@@ -15,7 +15,8 @@ from isthmus.stopping import finish_reason
 from isthmus.types import Token
 from isthmus.v1 import prefill_pb2
 from isthmus.worker_context import WorkerContext
-from kv_transfer.sender import Sender, TransferOutcome
+from kv_transfer.outgoing import TransferOutcome
+from kv_transfer.sender import Sender
 from prefill_service.publish import Abandoned, LayerPublisher, send_cached_prefix
 from prefill_service.scheduler import plan
 from prefill_service.sequence import Chunk, Sequence

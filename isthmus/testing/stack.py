@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import select
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import grpc
 import grpc.aio
 import psutil
 
+from isthmus.config import worker_environment
 from isthmus.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, types_pb2
 
 READY_TIMEOUT_S = 90.0
@@ -65,7 +65,7 @@ def running_stack(*flags: str, env: dict[str, str] | None = None) -> Iterator[St
 
 def start_supervisor(*flags: str, env: dict[str, str] | None = None) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "isthmus.cli", "up", "--json", *flags]
-    merged = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    merged = {**worker_environment(), **(env or {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=merged)
 
 

@@ -1,0 +1,38 @@
+"""The `isthmus` command: up, generate, status, model, demo."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import grpc.aio
+
+from isthmus.cli import arguments, demo, generate, model, status, up
+from isthmus.cli.supervisor import StackFailed
+from isthmus.config import EXIT_CANNOT_START
+from isthmus.errors import CannotStart, IsthmusError
+from isthmus.rpc_errors import error_from_rpc
+
+_COMMANDS = {"up": up.run, "generate": generate.run, "status": status.run, "model": model.run, "demo": demo.run}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 when a request failed, 2 when something cannot start; one line on stderr says why."""
+    parsed = arguments.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return asyncio.run(_COMMANDS[parsed.command](parsed))
+    except KeyboardInterrupt:
+        return 130
+    except (CannotStart, StackFailed) as error:
+        sys.stderr.write(f"isthmus {parsed.command}: {error}\n")
+        return EXIT_CANNOT_START
+    except grpc.aio.AioRpcError as error:
+        return _refused(parsed.command, error_from_rpc(error))
+    except IsthmusError as error:
+        return _refused(parsed.command, error)
+
+
+def _refused(command: str, error: IsthmusError) -> int:
+    fields = ", ".join(violation.field for violation in error.violations)
+    named = f" ({fields})" if fields else ""
+    sys.stderr.write(f"isthmus {command}: {error.reason}{named}: {error.detail}\n")
+    return 1

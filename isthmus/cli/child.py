@@ -1,0 +1,65 @@
+"""One child process: started so that it dies with its parent, its output in a log file."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+from isthmus.cli.stack import ChildSpec
+from isthmus.config import checkout_root, worker_environment
+
+_LAUNCHER = Path(__file__).with_name("launch.py")
+_TAIL_BYTES = 8192
+
+
+def launched(command: tuple[str, ...], death_signal: signal.Signals = signal.SIGKILL) -> tuple[str, ...]:
+    """`command`, sent `death_signal` when the calling thread's process ends, however it ends."""
+    return (sys.executable, "-I", "-S", str(_LAUNCHER), str(int(death_signal)), str(os.getpid()), *command)
+
+
+class Child:
+    """Owned by the supervisor. One process at a time; `num_restarts` counts the ones after the first."""
+
+    def __init__(self, spec: ChildSpec, log_dir: Path):
+        self.spec = spec
+        self.log_path = log_dir / f"{spec.name}.log"
+        self.num_restarts = 0
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running process, None when there is none."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        with self.log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *launched(self.spec.command),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which drains
+                cwd=checkout_root(),
+                env=worker_environment(),
+            )
+
+    async def wait(self) -> int:
+        """The exit status; negative for a signal."""
+        assert self._process is not None, "started"
+        return await self._process.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        """To the process and whatever it started."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    def last_words(self) -> str:
+        """The line that says why it could not start, else its last line."""
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - _TAIL_BYTES))
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        refusals = [line for line in lines if "cannot start: " in line]
+        return (refusals or lines or ["it said nothing"])[-1]

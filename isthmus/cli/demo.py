@@ -1,0 +1,151 @@
+"""`isthmus demo`: a stack of separate processes, several prompts at once, what was measured, nothing left behind."""
+
+import argparse
+import asyncio
+import contextlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isthmus.cli import arguments
+from isthmus.cli.screen import Screen, open_screen
+from isthmus.cli.state import is_running, note_of
+from isthmus.cli.table import table
+from isthmus.cli.temporary import temporary_stack
+from isthmus.client import Client, Generation
+from isthmus.errors import IsthmusError
+from isthmus.types import FinishReason
+from isthmus.v1 import inference_pb2, types_pb2
+
+_TIMEOUT_S = 120.0
+_HEADER = "request;prompt;cached;generated;TTFT ms;ITL p50;p99 ms;KiB moved;blocks;exposed ms;served by".split(";")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One conversation: each turn is sent with all that was said before it."""
+
+    title: str
+    turns: tuple[str, ...]
+    system: str = ""
+    max_tokens: int = 48
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One turn of an Ask and what came back."""
+
+    title: str
+    question: str
+    generation: Generation = field(default_factory=Generation)
+    error: IsthmusError | None = None
+
+
+_ASKS = (
+    Ask("sum", ("What is 47 + 38?",)),
+    Ask("difference", ("What is 81 minus 26?",)),
+    Ask("capital", ("What is the capital of Texas?",)),
+    Ask("opposite", ("What is the opposite of hot?",)),
+    Ask("story 1", ("Tell me a story about an owl and a mouse.",), max_tokens=240, temperature=0.7, seed=7),
+    Ask("story 2", ("Tell me a story about a child named Clara.",), max_tokens=240, temperature=0.7, seed=11),
+    Ask("chat", ("My name is Anna.", "What is my name?"), system="You are a small and friendly assistant."),
+)
+
+
+async def run(parsed: argparse.Namespace) -> int:
+    out = sys.stdout
+    out.write(f"starting {parsed.prefill} prefill and {parsed.decode} decode, each a process of its own\n")
+    out.flush()
+    async with temporary_stack(arguments.stack_flags(parsed)) as stack:
+        out.write(f"ready: {_processes(stack)}\n\n")
+        async with Client(stack["routers"][0]["grpc"]) as client:
+            with open_screen(out) as screen:
+                exchanges = await _ask_all(client, screen)
+    out.write("\n" + table(_HEADER, [_row(exchange) for exchange in exchanges], right=range(1, 10)))
+    failed = [exchange for exchange in exchanges if not _is_whole(exchange)]
+    left = _left_behind(stack)
+    out.write("\nstopped; no process and no file left\n" if not left else f"\nleft behind: {', '.join(left)}\n")
+    return 1 if failed or left else 0
+
+
+async def _ask_all(client: Client, screen: Screen) -> list[Exchange]:
+    """All conversations at once; in the order they are listed."""
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(_converse(client, ask, screen)) for ask in _ASKS]
+        for task in running:
+            for exchange in await task:
+                screen.finished(exchange.title, exchange.question, _answer(exchange))
+    return [exchange for task in running for exchange in task.result()]
+
+
+async def _converse(client: Client, ask: Ask, screen: Screen) -> list[Exchange]:
+    said = [inference_pb2.ChatMessage(role="system", content=ask.system)] if ask.system else []
+    exchanges: list[Exchange] = []
+    for number, question in enumerate(ask.turns, start=1):
+        title = ask.title if len(ask.turns) == 1 else f"{ask.title}, turn {number}"
+        exchange = Exchange(title, question)
+        exchanges.append(exchange)
+        said.append(inference_pb2.ChatMessage(role="user", content=question))
+        await _exchange(client, ask, said, exchange, screen)
+        said.append(inference_pb2.ChatMessage(role="assistant", content=exchange.generation.text))
+    return exchanges
+
+
+async def _exchange(
+    client: Client, ask: Ask, said: list[inference_pb2.ChatMessage], exchange: Exchange, screen: Screen
+) -> None:
+    sampling = types_pb2.SamplingParams(max_tokens=ask.max_tokens, temperature=ask.temperature, seed=ask.seed)
+    request = inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=said), sampling=sampling)
+    texts = client.generate(request, exchange.generation, timeout_s=_TIMEOUT_S)
+    try:
+        async with contextlib.aclosing(texts):
+            async for _ in texts:
+                screen.progress(exchange.title, exchange.generation.text)
+    except IsthmusError as error:
+        exchange.error = error
+
+
+def _answer(exchange: Exchange) -> str:
+    return f"{exchange.error.reason}: {exchange.error.detail}" if exchange.error else exchange.generation.text
+
+
+def _is_whole(exchange: Exchange) -> bool:
+    finished = exchange.generation.as_dict()["finish_reason"]
+    return exchange.error is None and finished in (FinishReason.STOP.value, FinishReason.LENGTH.value)
+
+
+def _row(exchange: Exchange) -> list[str]:
+    finished = exchange.generation.finished
+    if finished is None:
+        return [exchange.title, *"-" * 9, _answer(exchange)[:60]]
+    usage, timings, workers = finished.usage, finished.timings, finished.workers
+    return [
+        exchange.title,
+        str(usage.num_prompt_tokens),
+        str(usage.num_cached_tokens),
+        str(usage.num_generated_tokens),
+        f"{timings.ttft_ms:.1f}",
+        f"{timings.itl_p50_ms:.1f}",
+        f"{timings.itl_p99_ms:.1f}",
+        f"{timings.transfer_bytes / 1024:.1f}",
+        str(timings.transfer_blocks),
+        f"{timings.transfer_exposed_ms:.2f}",
+        " > ".join(name for name in (workers.router, workers.prefill, workers.decode) if name),
+    ]
+
+
+def _entries(stack: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for pool in ("redis", "routers", "prefill", "decode") for entry in stack[pool]]
+
+
+def _processes(stack: dict[str, Any]) -> str:
+    return ", ".join(f"{entry['name']} (pid {entry['pid']})" for entry in _entries(stack))
+
+
+def _left_behind(stack: dict[str, Any]) -> list[str]:
+    pids = [stack["supervisor"], *(entry["pid"] for entry in _entries(stack))]
+    paths = [Path(stack["logs"]).parent, note_of(stack["supervisor"])]
+    return [f"process {pid}" for pid in pids if is_running(pid)] + [str(path) for path in paths if path.exists()]

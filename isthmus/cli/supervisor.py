@@ -1,0 +1,187 @@
+"""Runs a stack's children: starts them, waits until all serve, restarts what dies, ends all within five seconds."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus import log
+from isthmus.cli import redis_server
+from isthmus.cli.child import Child
+from isthmus.cli.probe import Probe
+from isthmus.cli.stack import ChildSpec
+from isthmus.cli.state import StateDir, start_ticks
+from isthmus.clock import Clock, SystemClock
+from isthmus.config import EXIT_CANNOT_START
+
+_BACKOFF_S = (0.2, 5.0)  # first, most; doubled each time
+_LIVED_WELL_S = 10.0  # a child that lived this long starts over with the first
+_POLL_S = 0.1
+_REDIS_START_S = 5.0
+_DRAIN_S = 3.8  # services drain for 3 s and close; then they are killed
+_REDIS_STOP_S = 0.3
+_log = log.get_logger("supervisor")
+
+
+class StackFailed(Exception):
+    """The stack did not get ready, or cannot go on; the text is for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """How a stack is run."""
+
+    model: str
+    given_redis: str | None = None  # the address of one that is not our child
+    restart: bool = True
+    ready_timeout_s: float = 60.0
+
+
+class Supervisor:
+    """Owner of the children; one run per object. Runs in the main thread: a child's death signal follows the thread
+
+    that forked it.
+    """
+
+    def __init__(self, specs: Sequence[ChildSpec], state: StateDir, how: Supervision, *, clock: Clock | None = None):
+        self._children = [Child(spec, state.logs) for spec in specs]
+        self._state = state
+        self._how = how
+        self._clock = clock or SystemClock()
+        self._is_ready = False
+        self._stopping = asyncio.Event()
+
+    async def run(self, on_ready: Callable[[dict[str, Any]], None]) -> None:
+        """Until a signal. Raises StackFailed; whatever happens, no child is left."""
+        with self._signals():
+            try:
+                await self._run_until_stopped(on_ready)
+            except BaseExceptionGroup as group:
+                failed = group.subgroup(StackFailed)
+                raise failed.exceptions[0] if failed else group from None
+            finally:
+                await asyncio.shield(self._end_children())
+
+    def describe(self) -> dict[str, Any]:
+        """The ready object: who runs where."""
+        given = (
+            [] if self._how.given_redis is None else [{"name": "redis", "pid": None, "address": self._how.given_redis}]
+        )
+        return {
+            "ready": self._is_ready,
+            "supervisor": os.getpid(),
+            "model": self._how.model,
+            "logs": str(self._state.logs),
+            "routers": self._entries("router"),
+            "prefill": self._entries("prefill"),
+            "decode": self._entries("decode"),
+            "redis": self._entries("redis") + given,
+        }
+
+    def _entries(self, role: str) -> list[dict[str, Any]]:
+        children = [child for child in self._children if child.spec.role == role]
+        return [{"name": child.spec.name, "pid": child.pid, **child.spec.addresses} for child in children]
+
+    async def _run_until_stopped(self, on_ready: Callable[[dict[str, Any]], None]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            keepers = [tasks.create_task(self._keep(child)) for child in self._children if child.spec.role == "redis"]
+            starting = tasks.create_task(self._get_ready(tasks, keepers, on_ready))
+            await self._stopping.wait()
+            for task in [starting, *keepers]:
+                task.cancel()
+
+    async def _get_ready(
+        self, tasks: asyncio.TaskGroup, keepers: list[asyncio.Task[None]], on_ready: Callable[[dict[str, Any]], None]
+    ) -> None:
+        own_redis = [child for child in self._children if child.spec.role == "redis"]
+        await self._wait_serving(own_redis, _REDIS_START_S)
+        keepers.extend(tasks.create_task(self._keep(child)) for child in self._children if child not in own_redis)
+        await self._wait_serving(self._children, self._how.ready_timeout_s)
+        self._is_ready = True
+        self._write()
+        on_ready(self.describe())
+
+    async def _keep(self, child: Child) -> None:
+        """One child's life: started again whenever it ends."""
+        backoff_s = _BACKOFF_S[0]
+        while True:
+            started_at = self._clock.now()
+            await child.start()
+            self._write()
+            _log.info("child.started", name=child.spec.name, pid=child.pid)
+            status = await child.wait()
+            _log.warning("child.ended", name=child.spec.name, status=status)
+            self._write()
+            if not self._is_ready and (status == EXIT_CANNOT_START or not self._how.restart):
+                raise StackFailed(f"{child.spec.name}: {child.last_words()}\nits log: {child.log_path}")
+            if not self._how.restart:
+                return
+            if self._clock.now() - started_at > _LIVED_WELL_S:
+                backoff_s = _BACKOFF_S[0]
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(_BACKOFF_S[1], backoff_s * 2)
+            child.num_restarts += 1
+
+    async def _wait_serving(self, children: Sequence[Child], timeout_s: float) -> None:
+        """Raises StackFailed naming who does not serve, why, and where its log is."""
+        deadline = self._clock.now() + timeout_s
+        async with contextlib.AsyncExitStack() as opened:
+            waiting = {child: await opened.enter_async_context(_probe(child)) for child in children}
+            while True:
+                answers = await asyncio.gather(*(probe.is_serving() for probe in waiting.values()))
+                waiting = {
+                    child: probe for (child, probe), yes in zip(waiting.items(), answers, strict=True) if not yes
+                }
+                if not waiting:
+                    return
+                if self._clock.now() > deadline:
+                    reasons = [
+                        f"{child.spec.name}: {await probe.reason()}; its log: {child.log_path}"
+                        for child, probe in waiting.items()
+                    ]
+                    raise StackFailed("\n".join([f"not serving after {timeout_s:g} s:", *reasons]))
+                await asyncio.sleep(_POLL_S)
+
+    async def _end_children(self) -> None:
+        """Services first, all at once; Redis when nobody needs it any more."""
+        services = [child for child in self._children if child.spec.role != "redis"]
+        await _end(services, _DRAIN_S)
+        await _end([child for child in self._children if child not in services], _REDIS_STOP_S)
+
+    def _write(self) -> None:
+        restarts = {child.spec.name: child.num_restarts for child in self._children}
+        self._state.write({**self.describe(), "restarts": restarts, "supervisor_start": start_ticks()})
+
+    @contextlib.contextmanager
+    def _signals(self) -> Generator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+def _probe(child: Child) -> Probe | redis_server.Probe:
+    return redis_server.Probe(child.spec.address) if child.spec.address else Probe(child.spec.grpc or "")
+
+
+async def _end(children: Sequence[Child], timeout_s: float) -> None:
+    alive = [child for child in children if child.pid is not None]
+    for child in alive:
+        child.send(signal.SIGTERM)
+    waits = [asyncio.create_task(child.wait()) for child in alive]
+    if not waits:
+        return
+    _, left = await asyncio.wait(waits, timeout=timeout_s)
+    for child in alive:
+        if child.pid is not None:
+            _log.warning("child.killed", name=child.spec.name)
+            child.send(signal.SIGKILL)
+    if left:
+        await asyncio.wait(left, timeout=1.0)

@@ -1,0 +1,59 @@
+"""`isthmus up`: the local stack under one supervisor, until a signal."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from isthmus import log
+from isthmus.cli import arguments
+from isthmus.cli.stack import Ports, StackSpec, plan
+from isthmus.cli.state import StateDir, noted, open_state_dir
+from isthmus.cli.supervisor import StackFailed, Supervision, Supervisor
+
+
+async def run(parsed: argparse.Namespace) -> int:
+    def show(ready: dict[str, Any]) -> None:
+        sys.stdout.write((json.dumps(ready) if parsed.json else _ready_line(ready)) + "\n")
+        sys.stdout.flush()
+
+    await supervise(arguments.stack_spec(parsed), parsed.state_dir, show)
+    return 0
+
+
+async def supervise(spec: StackSpec, state_dir: Path | None, on_ready: Callable[[dict[str, Any]], None]) -> None:
+    """Until a signal. Raises CannotStart or StackFailed; the logs of a stack that failed stay."""
+    with ExitStack() as held:
+        state = held.enter_context(open_state_dir(state_dir))
+        ports = Ports()
+        held.callback(ports.close)
+        children = plan(spec, ports, state.path)
+        _log_to(state, held)
+        held.enter_context(noted(state))
+        how = Supervision(
+            spec.model, _shown(spec.redis_url), restart=spec.restart, ready_timeout_s=spec.ready_timeout_s
+        )
+        try:
+            await Supervisor(children, state, how).run(on_ready)
+        except StackFailed:
+            state.keep = True
+            raise
+
+
+def _log_to(state: StateDir, held: ExitStack) -> None:
+    stream = held.enter_context((state.logs / "supervisor.log").open("a", encoding="utf-8"))
+    log.configure("supervisor", "info", stream)
+
+
+def _shown(redis_url: str | None) -> str | None:
+    """host:port, without credentials."""
+    return None if redis_url is None else redis_url.partition("://")[2].rpartition("@")[2].partition("/")[0]
+
+
+def _ready_line(ready: dict[str, Any]) -> str:
+    routers = ", ".join(router["grpc"] for router in ready["routers"])
+    workers = f"{len(ready['prefill'])} prefill, {len(ready['decode'])} decode"
+    return f"ready: router {routers}; {workers}; model {ready['model']}; logs in {ready['logs']}; Ctrl-C stops"

@@ -1,0 +1,128 @@
+"""The numerics canary: a fixed computation whose bits name the class of workers that may continue one another's streams."""
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from isthmus.engine.block_pool import BlockPool
+from isthmus.engine.runner import LATENT_PLANE, DecodeRow, PrefillChunk, Runner
+from isthmus.errors import CannotStart, NoFreeBlocks
+from kernels.ref import TILE
+
+_PROMPT_TOKENS: Final = 3 * TILE
+_REPLAYED: Final = 8
+_DECODED: Final = 8
+# The run at batch 3 cuts prompts here, off every tile and block border.
+_CUT: Final = 101
+# Lengths of the sequences that keep the first one company at batch 3.
+_COMPANY: Final = (37, 2 * TILE + 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    digest: str  # 32 hex digits over the ingredients, the logits and the latents
+    ingredients: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    prompt: tuple[int, ...]
+    block_table: Sequence[int]
+
+
+def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
+    """Computes with scratch blocks of the pool and gives them back. Raises CannotStart if batch 1 and batch 3 differ."""
+    context = min(_PROMPT_TOKENS + _REPLAYED + _DECODED, runner.model.config.context_length)
+    prompts = [_prompt(runner, context - _REPLAYED - _DECODED, salt=0)]
+    prompts += [_prompt(runner, min(length, len(prompts[0])), salt=salt + 1) for salt, length in enumerate(_COMPANY)]
+    blocks_each = runner.cache.layout.num_blocks(context)
+    try:
+        scratch = pool.allocate(blocks_each * len(prompts))
+    except NoFreeBlocks as error:
+        problem = f"the start-up check needs {blocks_each * len(prompts)} blocks"
+        raise CannotStart("cache_bytes", problem, "set --cache-bytes or --num-blocks higher") from error
+    try:
+        sequences = [
+            _Sequence(prompt, scratch[index * blocks_each : (index + 1) * blocks_each])
+            for index, prompt in enumerate(prompts)
+        ]
+        alone = _outcome(runner, sequences[:1], cut=None)
+        # The first sequence stands last, so that its place in the batch differs as well.
+        together = _outcome(runner, sequences[::-1], cut=_CUT)
+    finally:
+        pool.release(scratch)
+    if alone != together:
+        problem = "the same tokens give other bits at batch 3 than at batch 1, so results would depend on traffic"
+        raise CannotStart("device", problem, "use a torch build named in constraints/cpu.txt and OMP_NUM_THREADS=1")
+    ingredients = _ingredients(runner)
+    named = "\n".join(f"{name}={value}" for name, value in sorted(ingredients.items()))
+    return Numerics(hashlib.sha256(named.encode() + alone).hexdigest()[:32], ingredients)
+
+
+def _prompt(runner: Runner, length: int, *, salt: int) -> tuple[int, ...]:
+    """Spread over the vocabulary without a random generator, whose stream could change between versions."""
+    return tuple((7919 * (index + 1) + 104729 * salt) % runner.model.config.vocab_size for index in range(length))
+
+
+def _outcome(runner: Runner, sequences: Sequence[_Sequence], *, cut: int | None) -> bytes:
+    """Hash of the last sequence's logits at every step and of its latents on every layer."""
+    state = hashlib.sha256()
+    watched = sequences[-1]
+    if cut is not None:
+        runner.prefill([PrefillChunk(one.prompt[:cut], 0, one.block_table, False) for one in sequences])
+    chunks = [
+        PrefillChunk(one.prompt[start:], start, one.block_table, True)
+        for one in sequences
+        if (start := cut or 0) < len(one.prompt)
+    ]
+    logits = runner.prefill(chunks)[-1]
+    position, tokens = len(watched.prompt), list(watched.prompt[:_REPLAYED])
+    for _ in range(1 + _DECODED):
+        if not bool(torch.isfinite(logits).all()):
+            raise CannotStart("model", "the start-up check gives NaN or infinite logits", "check the weights and the dtype")
+        state.update(logits.cpu().numpy().tobytes())
+        rows = [_company_row(one, position) for one in sequences[:-1]]
+        rows += [DecodeRow(token, position + index, watched.block_table) for index, token in enumerate(tokens)]
+        logits = runner.decode(rows)[-1]
+        position += len(tokens)
+        tokens = [int(logits.argmax())]
+    state.update(logits.cpu().numpy().tobytes())
+    for rows in runner.cache.layers[LATENT_PLANE]:
+        latents = rows[torch.tensor(list(watched.block_table), device=rows.device)].flatten(0, 1)[:position]
+        state.update(latents.cpu().view(torch.uint8).numpy().tobytes())
+    return state.digest()
+
+
+def _company_row(sequence: _Sequence, position: int) -> DecodeRow:
+    """Another sequence's next token; its place in its own context follows the watched one's steps."""
+    own = len(sequence.prompt) + (position - _PROMPT_TOKENS) % (_REPLAYED + _DECODED)
+    return DecodeRow(sequence.prompt[position % len(sequence.prompt)], own, sequence.block_table)
+
+
+def _ingredients(runner: Runner) -> dict[str, str]:
+    device = runner.model.device
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "dtype": str(runner.model.dtype).removeprefix("torch."),
+        "cache_dtype": ",".join(plane.dtype for plane in runner.cache.layout.planes),
+        "model": runner.model.digest,
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's model name: math libraries choose kernels by it, beyond the instruction set."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

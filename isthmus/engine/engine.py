@@ -1,0 +1,92 @@
+"""A loaded model with its cache, block pool and proven numerics: what a prefill or decode worker is built on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from isthmus.checkpoint import Checkpoint
+from isthmus.engine.block_pool import BlockPool
+from isthmus.engine.canary import Numerics, run_canary
+from isthmus.engine.latent_cache import TORCH_DTYPES, LatentCache
+from isthmus.engine.runner import Runner
+from isthmus.errors import CannotStart
+from isthmus.kv_layout import KvLayout, Plane, PlaneKind
+from isthmus.model import load_model
+from isthmus.model_config import ModelConfig
+from kernels.ref import TILE
+
+BLOCK_SIZES = tuple(size for size in (16, 32, 64) if TILE % size == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    model_config: ModelConfig
+    runner: Runner
+    cache: LatentCache
+    pool: BlockPool
+    layout: KvLayout
+    numerics: Numerics
+    device: torch.device
+    dtype: str  # fp32 or bf16: of weights and cache
+
+    @property
+    def context_length(self) -> int:
+        return self.model_config.context_length
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "fp32",
+        device: str = "cpu",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        cache_bytes: int = 256 << 20,
+    ) -> "Engine":
+        """Loads the weights and runs the canary. `num_blocks` None: as many as `cache_bytes` hold. Raises CannotStart."""
+        if dtype not in TORCH_DTYPES:
+            raise CannotStart("dtype", f"{dtype!r} is not served", f"set --dtype to one of {', '.join(TORCH_DTYPES)}")
+        if block_size not in BLOCK_SIZES:
+            raise CannotStart("block_size", f"{block_size} is not served", f"set --block-size to one of {BLOCK_SIZES}")
+        torch_device = _open_device(device)
+        layout = kv_layout(checkpoint, dtype=dtype, block_size=block_size)
+        count = num_blocks if num_blocks is not None else cache_bytes // layout.block_bytes
+        if count < 1:
+            raise CannotStart("cache_bytes", f"{cache_bytes} bytes hold no block of {layout.block_bytes}", "raise it")
+        model = load_model(checkpoint, TORCH_DTYPES[dtype], torch_device)
+        cache = LatentCache(layout, count, torch_device)
+        pool = BlockPool(count, block_size)
+        runner = Runner(model, cache)
+        return cls(
+            model_config=checkpoint.config,
+            runner=runner,
+            cache=cache,
+            pool=pool,
+            layout=layout,
+            numerics=run_canary(runner, pool),
+            device=torch_device,
+            dtype=dtype,
+        )
+
+
+def kv_layout(checkpoint: Checkpoint, *, dtype: str, block_size: int) -> KvLayout:
+    """MLA caches one append-only plane on every layer."""
+    config = checkpoint.config
+    latent = Plane("latent", PlaneKind.APPEND_ONLY, config.num_layers, config.latent_elements, dtype)
+    return KvLayout(checkpoint.digest, (latent,), block_size)
+
+
+def _open_device(name: str) -> torch.device:
+    """TF32 and reduced-precision sums would make fp32 something else; they are switched off for the whole process."""
+    if name not in ("cpu", "cuda", "auto"):
+        raise CannotStart("device", f"{name!r} is not served", "set --device to cpu, cuda or auto")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise CannotStart("device", "torch sees no CUDA device", "set --device cpu, or install a CUDA build of torch")
+    torch.set_float32_matmul_precision("highest")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,6 @@
+"""The MLA decoder in torch: weights from a checkpoint, one forward for prefill and decode. Imports kernels, no services."""
+
+from isthmus.model.load import load_model
+from isthmus.model.model import Model
+
+__all__ = ["Model", "load_model"]

@@ -1,0 +1,87 @@
+"""Multi-head latent attention: projections, the cached row, and the two ways to attend over the paged cache.
+
+Prefill expands keys and values from the latents; decode folds the key expansion into the query and expands the result.
+Rows are those of `kernels.ref`: N padded, the first `num_rows` real.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import ref
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    norm: Tensor  # [D]
+    norm_eps: float
+    latent_norm_eps: float
+    scale: float
+    shape: ref.HeadShape
+    qkv_a: Tensor  # [D, query part + C + R]; the query part is its latent, or the whole query without q_lora
+    q_a_norm: Tensor | None
+    q_b: Tensor | None  # [q_lora, H * K]
+    kv_a_norm: Tensor  # [C]
+    kv_b: Tensor  # [C, H * (nope + V)]
+    key_up: Tensor  # [H, nope, C]
+    value_up: Tensor  # [H, C, V]
+    o: Tensor  # [H * V, D]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What every layer needs of a step's rows."""
+
+    num_rows: int
+    group: int  # rows of one product: the step's role
+    cos: Tensor  # [N, 1, R]
+    signed_sin: Tensor  # [N, 1, R]
+    slots: Tensor  # [num_rows] where each row's latent is stored
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    q_nope_NHK: Tensor  # model dtype
+    q_pe_NHR: Tensor  # fp32, rotated
+
+
+def project_and_store(attention: Attention, x_ND: Tensor, rows: Rows, cache_SL: Tensor) -> Queries:
+    """Queries of the step's rows; their latents are in the cache when it returns."""
+    shape, group = attention.shape, rows.group
+    x = ref.rms_norm(x_ND, attention.norm, eps=attention.norm_eps)
+    qkv = ref.grouped_matmul(x, attention.qkv_a, group=group)
+    q, latent, k_pe = qkv.split((qkv.shape[1] - shape.latent - shape.rope, shape.latent, shape.rope), dim=-1)
+    if attention.q_b is not None and attention.q_a_norm is not None:
+        q = ref.rms_norm(q, attention.q_a_norm, eps=attention.latent_norm_eps)
+        q = ref.grouped_matmul(q, attention.q_b, group=group)
+    q = q.unflatten(-1, (shape.num_heads, -1))
+    # The shared key rides along as one more head.
+    rotated = ref.rotate(torch.cat((q[..., shape.nope :], k_pe.unsqueeze(1)), dim=1), rows.cos, rows.signed_sin)
+    latent = ref.rms_norm(latent, attention.kv_a_norm, eps=attention.latent_norm_eps)
+    ref.write_latents(cache_SL, rows.slots, latent[: rows.num_rows], rotated[: rows.num_rows, -1])
+    return Queries(q[..., : shape.nope], rotated[:, :-1])
+
+
+def attend_prefill(attention: Attention, queries: Queries, cache_SL: Tensor, tiles: ref.PrefillTiles) -> Tensor:
+    """[N, D] of the attention block."""
+    q = torch.cat((queries.q_nope_NHK.float(), queries.q_pe_NHR), dim=-1).mul_(attention.scale)
+    out = ref.paged_mla_prefill(q, cache_SL, attention.kv_b, tiles, attention.shape)
+    return ref.grouped_matmul(out.flatten(1).to(attention.o.dtype), attention.o, group=ref.TILE)
+
+
+def attend_decode(attention: Attention, queries: Queries, cache_SL: Tensor, pairs: tuple[ref.DecodePairs, ...]) -> Tensor:
+    """[N, D] of the attention block; `pairs` cover consecutive runs of the real rows, padding rows give zeros' image."""
+    shape, group = attention.shape, ref.DECODE_GROUP
+    absorbed = ref.grouped_head_matmul(queries.q_nope_NHK, attention.key_up, group=group).float()
+    q = torch.cat((absorbed, queries.q_pe_NHR), dim=-1).mul_(attention.scale)
+    context = q.new_zeros(q.shape[0], shape.num_heads, shape.latent)
+    first = 0
+    for part in pairs:
+        count = part.rows_with_tile[0]
+        context[first : first + count] = ref.paged_mla_decode(
+            q[first : first + count], cache_SL, part, latent_rank=shape.latent
+        )
+        first += count
+    out = ref.grouped_head_matmul(context.to(attention.value_up.dtype), attention.value_up, group=group)
+    return ref.grouped_matmul(out.flatten(1), attention.o, group=group)

@@ -1,0 +1,72 @@
+"""The decoder: embedding, layers, head. One forward for both roles; a step says how its rows attend."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isthmus.model.attention import Attention, Rows, attend_decode, attend_prefill, project_and_store
+from isthmus.model.mlp import Mlp
+from isthmus.model.step import DecodeStep, PrefillStep, StepRows
+from isthmus.model_config import ModelConfig
+from kernels import ref
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    attention: Attention
+    mlp_norm: Tensor
+    mlp_norm_eps: float
+    mlp: Mlp
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    config: ModelConfig
+    digest: str
+    dtype: torch.dtype
+    device: torch.device
+    embedding: Tensor  # [vocab, D]
+    layers: tuple[Layer, ...]
+    norm: Tensor
+    head: Tensor  # [D, vocab]
+    cos: Tensor  # [context_length, R] fp32
+    signed_sin: Tensor
+    draft_tensors: tuple[str, ...]  # names of MTP tensors the checkpoint carries
+
+    def forward(
+        self, step: PrefillStep | DecodeStep, caches: Sequence[Tensor], on_layer: Callable[[int], None]
+    ) -> Tensor:
+        """Logits [rows asked for, vocab] in fp32. `caches[l]` is [slots + 1, row elements], its last row zeros.
+
+        `on_layer(l)` is called once layer l's latents are stored; what it raises ends the step.
+        """
+        rows = self._rows(step.rows)
+        x = self.embedding.index_select(0, step.rows.token_ids)
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            queries = project_and_store(layer.attention, x, rows, cache)
+            on_layer(index)
+            if isinstance(step, PrefillStep):
+                x = x + attend_prefill(layer.attention, queries, cache, step.tiles)
+            else:
+                x = x + attend_decode(layer.attention, queries, cache, step.pairs)
+            normed = ref.rms_norm(x, layer.mlp_norm, eps=layer.mlp_norm_eps)
+            x = x + layer.mlp.forward(normed, rows.num_rows, group=rows.group)
+        return self._logits(x, step.rows)
+
+    def _rows(self, rows: StepRows) -> Rows:
+        return Rows(
+            num_rows=rows.num_rows,
+            group=rows.group,
+            cos=self.cos.index_select(0, rows.positions).unsqueeze(1),
+            signed_sin=self.signed_sin.index_select(0, rows.positions).unsqueeze(1),
+            slots=rows.slots,
+        )
+
+    def _logits(self, x_ND: Tensor, rows: StepRows) -> Tensor:
+        """Of the rows the step asks for; the head takes DECODE_GROUP rows a product in both roles."""
+        if rows.num_logits == 0:
+            return x_ND.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        wanted = ref.rms_norm(x_ND.index_select(0, rows.logit_rows), self.norm, eps=self.config.rms_norm_eps)
+        return ref.grouped_matmul(wanted, self.head, group=ref.DECODE_GROUP)[: rows.num_logits].float()

@@ -1,0 +1,237 @@
+"""What one step computes, laid out as index tensors before the first layer runs: rows, cache slots, tiles.
+
+Positions are absolute. A row is a token to compute; rows are padded to the step's group with copies of token 0 at position 0,
+whose results are never read and whose latents are never stored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import ref
+from kernels.ref import TILE
+
+# (row, tile) pairs attended at once in decode: bounds the gathered latents (16 to 150 KiB a pair).
+MAX_PAIRS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Tokens of one prompt at positions [start, start + len); everything before is in the cache."""
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    needs_logits: bool  # of the chunk's last token
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One token of one sequence; it sees every position up to its own, also those other rows of this step store."""
+
+    token_id: int
+    position: int
+    block_table: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    num_blocks: int
+    block_size: int
+
+    @property
+    def zero_slot(self) -> int:
+        """The slot past the last block: it holds zeros and stands for every key that is not to be seen."""
+        return self.num_blocks * self.block_size
+
+    def slots(self, block_table: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Cache slots of positions; `block_table` is [..., blocks], one table for each leading index of `positions`."""
+        blocks = np.take_along_axis(block_table, positions // self.block_size, axis=-1)
+        return blocks * self.block_size + positions % self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    token_ids: Tensor  # [N]
+    positions: Tensor  # [N]
+    slots: Tensor  # [num_rows] where each row's latent is stored
+    num_rows: int
+    group: int  # rows of one product: the step's role
+    logit_rows: Tensor  # rows whose logits are wanted, in the caller's order, padded to DECODE_GROUP
+    num_logits: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStep:
+    rows: StepRows
+    tiles: ref.PrefillTiles
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    rows: StepRows
+    pairs: tuple[ref.DecodePairs, ...]  # each for a run of consecutive rows
+
+
+def prefill_step(chunks: Sequence[PrefillChunk], cache: CacheShape, device: torch.device) -> PrefillStep:
+    """Chunks one after the other; a sequence has at most one chunk in a step."""
+    ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
+    positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+    tables = [_padded_table(chunk.block_table, chunk.end, cache) for chunk in chunks]
+    slots = [cache.slots(table, np.arange(c.start, c.end)) for c, table in zip(chunks, tables, strict=True)]
+    rows = _step_rows(
+        np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks]),
+        positions,
+        np.concatenate(slots),
+        group=TILE,
+        logit_rows=[int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.needs_logits],
+    )
+    return PrefillStep(_to(rows, device), _prefill_tiles(chunks, tables, rows.token_ids.shape[0], cache, device))
+
+
+def decode_step(rows: Sequence[DecodeRow], cache: CacheShape, device: torch.device) -> DecodeStep:
+    """Rows are taken in descending order of context; logits come back in the caller's order."""
+    tiles = np.asarray([row.position // TILE + 1 for row in rows])
+    order = np.argsort(-tiles, kind="stable")
+    sorted_rows = [rows[index] for index in order]
+    pairs: list[ref.DecodePairs] = []
+    slots: list[np.ndarray] = []
+    first = 0
+    while first < len(rows):
+        last = first + max(1, MAX_PAIRS // int(tiles[order[first]]))
+        part, own_slots = _decode_pairs(sorted_rows[first:last], cache, device)
+        pairs.append(part)
+        slots.append(own_slots)
+        first = last
+    step_rows = _step_rows(
+        np.asarray([row.token_id for row in sorted_rows]),
+        np.asarray([row.position for row in sorted_rows]),
+        np.concatenate(slots),
+        group=ref.DECODE_GROUP,
+        logit_rows=np.argsort(order).tolist(),
+    )
+    return DecodeStep(_to(step_rows, device), tuple(pairs))
+
+
+def _step_rows(
+    token_ids: np.ndarray, positions: np.ndarray, slots: np.ndarray, *, group: int, logit_rows: list[int]
+) -> StepRows:
+    num_rows = token_ids.shape[0]
+    padding = (0, -num_rows % group)
+    return StepRows(
+        token_ids=torch.from_numpy(np.pad(token_ids, padding)),
+        positions=torch.from_numpy(np.pad(positions, padding)),
+        slots=torch.from_numpy(slots),
+        num_rows=num_rows,
+        group=group,
+        logit_rows=torch.tensor(logit_rows + [0] * (-len(logit_rows) % ref.DECODE_GROUP)),
+        num_logits=len(logit_rows),
+    )
+
+
+def _to(rows: StepRows, device: torch.device) -> StepRows:
+    if device.type == "cpu":
+        return rows
+    return StepRows(
+        token_ids=rows.token_ids.to(device),
+        positions=rows.positions.to(device),
+        slots=rows.slots.to(device),
+        num_rows=rows.num_rows,
+        group=rows.group,
+        logit_rows=rows.logit_rows.to(device),
+        num_logits=rows.num_logits,
+    )
+
+
+def _padded_table(block_table: Sequence[int], num_positions: int, cache: CacheShape) -> np.ndarray:
+    """The blocks of `num_positions`, padded to whole tiles with block 0 (its slots are replaced before they are read)."""
+    num_blocks = -(-num_positions // cache.block_size)
+    table = np.zeros(-(-num_positions // TILE) * (TILE // cache.block_size), dtype=np.int64)
+    table[:num_blocks] = block_table[:num_blocks]
+    return table
+
+
+def _decode_pairs(
+    rows: Sequence[DecodeRow], cache: CacheShape, device: torch.device
+) -> tuple[ref.DecodePairs, np.ndarray]:
+    """Pairs of rows that stand in descending order of tiles, and the slot each row's own latent is stored in."""
+    own = np.asarray([row.position for row in rows])
+    num_tiles = own // TILE + 1
+    most = int(num_tiles[0])
+    tables = np.zeros((len(rows), most * (TILE // cache.block_size)), dtype=np.int64)
+    for table, row in zip(tables, rows, strict=True):
+        num_blocks = row.position // cache.block_size + 1
+        table[:num_blocks] = row.block_table[:num_blocks]
+    positions = np.broadcast_to(np.arange(most * TILE), (len(rows), most * TILE))
+    hidden = positions > own[:, None]
+    slots = np.where(hidden, cache.zero_slot, cache.slots(tables, positions)).reshape(-1, most, TILE).swapaxes(0, 1)
+    exists = np.arange(most)[:, None] < num_tiles  # [T, B]
+    of_row = np.where(exists, (exists.cumsum() - 1).reshape(exists.shape), exists.sum())
+    pairs = ref.DecodePairs(
+        slots=torch.from_numpy(slots[exists].reshape(-1)).to(device),
+        hidden=torch.from_numpy(hidden.reshape(-1, most, TILE).swapaxes(0, 1)[exists][:, None]).to(device),
+        row=torch.from_numpy(np.nonzero(exists)[1]).to(device),
+        of_row=torch.from_numpy(np.ascontiguousarray(of_row.T)).to(device),
+        rows_with_tile=tuple(exists.sum(axis=1).tolist()),
+    )
+    return pairs, cache.slots(tables, own[:, None])[:, 0]
+
+
+def _prefill_tiles(
+    chunks: Sequence[PrefillChunk], tables: Sequence[np.ndarray], num_rows: int, cache: CacheShape, device: torch.device
+) -> ref.PrefillTiles:
+    query_tiles = [
+        (tile, sequence)
+        for sequence, chunk in enumerate(chunks)
+        for tile in range(chunk.start // TILE, (chunk.end - 1) // TILE + 1)
+    ]
+    query_tiles.sort(key=lambda query_tile: -query_tile[0])
+    rows = np.zeros(len(query_tiles) * TILE, dtype=np.int64)
+    slot_of_row = np.zeros(num_rows, dtype=np.int64)
+    first_rows = np.cumsum([0, *(len(chunk.token_ids) for chunk in chunks)])
+    for index, (tile, sequence) in enumerate(query_tiles):
+        chunk = chunks[sequence]
+        positions = np.arange(max(chunk.start, tile * TILE), min(chunk.end, (tile + 1) * TILE))
+        step_rows = first_rows[sequence] + positions - chunk.start
+        slots = (index - tile) * TILE + positions
+        rows[slots] = step_rows
+        slot_of_row[step_rows] = slots
+    ends = [chunk.end for chunk in chunks]
+    return ref.PrefillTiles(
+        rows=torch.from_numpy(rows).to(device),
+        slot_of_row=torch.from_numpy(slot_of_row).to(device),
+        keys=tuple(_key_tile(tile, query_tiles, tables, ends, cache, device) for tile in range(query_tiles[0][0] + 1)),
+    )
+
+
+def _key_tile(
+    tile: int,
+    query_tiles: list[tuple[int, int]],
+    tables: Sequence[np.ndarray],
+    ends: list[int],
+    cache: CacheShape,
+    device: torch.device,
+) -> ref.KeyTile:
+    seeing = [query_tile for query_tile in query_tiles if query_tile[0] >= tile]
+    sequences = list(dict.fromkeys(sequence for _, sequence in seeing))
+    positions = np.arange(tile * TILE, (tile + 1) * TILE)
+    slots = [
+        np.where(positions < ends[sequence], cache.slots(tables[sequence], positions), cache.zero_slot)
+        for sequence in sequences
+    ]
+    sequence_of = None
+    if len(sequences) < len(seeing):
+        sequence_of = torch.tensor([sequences.index(sequence) for _, sequence in seeing]).to(device)
+    hidden = None
+    if seeing[-1][0] == tile:
+        diagonal = np.asarray([query_tile == tile for query_tile, _ in seeing])
+        future = np.triu(np.ones((TILE, TILE), dtype=bool), k=1)
+        hidden = torch.from_numpy((diagonal[:, None, None] & future)[:, None]).to(device)
+    return ref.KeyTile(torch.from_numpy(np.concatenate(slots)).to(device), sequence_of, hidden, len(seeing))

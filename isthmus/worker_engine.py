@@ -1,0 +1,48 @@
+"""Opening an engine from a worker's settings, and what a worker says of it in GetStatus and in its lease."""
+
+from isthmus.checkpoint import Checkpoint, resolve_model
+from isthmus.config import WorkerConfig
+from isthmus.convert import block_counts_to_proto, layout_to_proto
+from isthmus.engine.engine import Engine
+from isthmus.errors import CannotStart
+from isthmus.v1 import admin_pb2
+
+
+def open_engine(config: WorkerConfig) -> Engine:
+    """Loads the checkpoint and runs the canary. Raises CannotStart naming the setting."""
+    engine = Engine.open(
+        Checkpoint.open(resolve_model(config.model)),
+        dtype=config.dtype,
+        device=config.device,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        cache_bytes=config.cache_bytes,
+    )
+    num_positions = engine.pool.counts().total * config.block_size
+    if num_positions < engine.context_length:
+        problem = f"the cache holds {num_positions} positions, one request may need {engine.context_length}"
+        raise CannotStart("cache_bytes", problem, "set --cache-bytes or --num-blocks higher")
+    return engine
+
+
+def engine_status(model: str, engine: Engine | None) -> admin_pb2.GetStatusResponse:
+    """The engine's part of a status; before it is open, the model's name alone."""
+    if engine is None:
+        return admin_pb2.GetStatusResponse(model=model)
+    return admin_pb2.GetStatusResponse(
+        model=model,
+        device=str(engine.device),
+        dtype=engine.dtype,
+        layout=layout_to_proto(engine.layout),
+        numerics_digest=engine.numerics.digest,
+        numerics_ingredients=engine.numerics.ingredients,
+        blocks=block_counts_to_proto(engine.pool.counts()),
+    )
+
+
+def transfer_memory(engine: Engine) -> dict[tuple[int, int], memoryview]:
+    """Writable bytes of the cache by (plane, layer), as the transfer path takes them."""
+    places = [
+        (index, layer) for index, plane in enumerate(engine.layout.planes) for layer in range(plane.num_layers)
+    ]
+    return {place: engine.cache.memory(*place) for place in places}

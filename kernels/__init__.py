@@ -1,0 +1,1 @@
+"""Operations of the token path: plain torch definitions (`ref`). Imports nothing of this project."""

@@ -1,0 +1,294 @@
+"""The work of the sender's thread: rows into frames, frames onto links in turn, answers back to transfers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import zmq
+
+from isthmus.clock import Clock
+from isthmus.ledger import Ledger
+from kv_transfer.counters import Counters
+from kv_transfer.frames import BadFrame, FrameHeader, FrameKind
+from kv_transfer.link import InFlight, Link, LinkIdentity, LinkLost
+from kv_transfer.messages import Abort, decode_ack
+from kv_transfer.outgoing import AbortWanted, Command, CommitReady, Opened, OutgoingTransfer, RowsReady
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.sockets import Context
+from kv_transfer.staging import Staging
+
+_ORPHAN_MS = 5  # how often memory that a closed link still reads is looked at
+_MAX_BURST = 8  # frames sent before answers and commands get their turn
+
+
+@dataclass(frozen=True, slots=True)
+class SenderOptions:
+    staging_bytes: int = 64 * 2**20
+    max_frame_bytes: int = 4 * 2**20
+    ack_timeout_s: float = 5.0  # without any answer
+    idle_link_s: float = 60.0
+    max_transfers: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """What the sender lends its thread."""
+
+    incarnation: bytes
+    memory: PoolMemory
+    ledger: Ledger
+    clock: Clock
+    counters: Counters
+    options: SenderOptions
+
+
+class Courier:
+    """Used by one thread. Calls every transfer's on_done exactly once, at the latest in `close`."""
+
+    def __init__(self, place: Workplace, wake_fd: int):
+        self._place = place
+        self._options = place.options
+        self._now = place.clock.now
+        self._context: Context = zmq.Context(io_threads=1)
+        self._poller = zmq.Poller()
+        self._poller.register(wake_fd, zmq.POLLIN)
+        self._staging = Staging(self._options.staging_bytes)
+        self._links: dict[tuple[str, str], Link] = {}  # (receiver incarnation, endpoint)
+        self._link_of: dict[OutgoingTransfer, Link] = {}
+        self._orphans: list[InFlight] = []  # of closed links: ZeroMQ may still be reading their staging
+
+    def wait(self, timeout_ms: int) -> None:
+        self._poller.poll(min(timeout_ms, _ORPHAN_MS) if self._orphans else timeout_ms)
+
+    def handle(self, command: Command) -> None:
+        transfer = command.transfer
+        if transfer.state.has_ended:
+            return
+        match command:
+            case Opened():
+                self._open(transfer)
+                return
+            case RowsReady(piece=piece):
+                transfer.state.add_rows(piece)
+            case CommitReady(token=token):
+                transfer.state.progress_at = self._now()
+                if not transfer.state.add_commit(token):
+                    self._abort(transfer, "committed before its rows", finished=False)
+            case AbortWanted(reason=reason, finished=finished):
+                self._abort(transfer, reason, finished=finished)
+        if transfer.state.has_work and transfer not in (ready := self._link_of[transfer].ready):
+            ready.append(transfer)
+
+    def turn(self) -> bool:
+        """Takes answers, then sends a burst. True if there is more to send at once."""
+        for link in list(self._links.values()):
+            self._guard(link, self._take_answers)
+        self._free_orphans()
+        for _ in range(_MAX_BURST):
+            sent = [self._guard(link, self._send_next) for link in list(self._links.values())]
+            if not any(sent):
+                return False
+        return True
+
+    def check_deadlines(self) -> None:
+        now, timeout_s = self._now(), self._options.ack_timeout_s
+        for link in list(self._links.values()):
+            if link.waiting_since is not None and now - link.waiting_since > timeout_s:
+                self._drop(link, "no answer")
+            elif not link.transfers and not link.in_flight and now - link.used_at > self._options.idle_link_s:
+                self._drop(link, "idle")
+        for transfer in list(self._link_of):
+            state = transfer.state
+            if state.commit_sent and not state.num_in_flight and now - state.progress_at > timeout_s:
+                self._abort(transfer, "the commit was not acknowledged", finished=False)
+
+    def fail_all(self, cause: str) -> None:
+        for link in list(self._links.values()):
+            self._drop(link, cause)
+
+    def close(self) -> None:
+        self.fail_all("sender_closed")
+        self._context.term()  # returns when ZeroMQ holds no message any more
+        for frame in self._orphans:
+            self._let_go(frame)
+
+    def _guard(self, link: Link, step: Callable[[Link], bool]) -> bool:
+        try:
+            return step(link)
+        except LinkLost as lost:
+            self._drop(link, str(lost))
+        except BadFrame as bad:
+            self._drop(link, f"bad answer: {bad}")
+        return False
+
+    def _open(self, transfer: OutgoingTransfer) -> None:
+        target = transfer.order.target
+        key = (target.receiver_incarnation, target.zmq_endpoint)
+        if key not in self._links:
+            try:
+                link = Link(self._context, target.zmq_endpoint, LinkIdentity.of(self._place.incarnation, target))
+            except LinkLost as lost:
+                self._finish(transfer, str(lost))
+                return
+            self._links[key] = link
+            self._poller.register(link.socket, zmq.POLLIN)
+            self._poller.register(link.monitor, zmq.POLLIN)
+        link = self._links[key]
+        link.transfers.add(transfer)
+        self._link_of[transfer] = link
+
+    def _send_next(self, link: Link) -> bool:
+        """One frame of the transfer whose turn it is. False: nothing to send, or no credit, or no staging."""
+        while link.ready and not link.ready[0].state.has_work:
+            link.ready.popleft()
+        if not link.ready:
+            return False
+        transfer = link.ready[0]
+        sent = self._send_piece(link, transfer) if transfer.state.pieces else self._send_commit(link, transfer)
+        if sent:
+            link.ready.rotate(-1)
+        return sent
+
+    def _send_piece(self, link: Link, transfer: OutgoingTransfer) -> bool:
+        state, target = transfer.state, transfer.order.target
+        piece = state.pieces[0]
+        row_bytes = self._place.memory.row_bytes(piece.plane)
+        max_rows = max(1, min(link.max_body_bytes, self._options.max_frame_bytes) // row_bytes)
+        end = min(piece.end, piece.first + max_rows)
+        num_bytes = (end - piece.first) * row_bytes
+        if num_bytes > link.credit_bytes:
+            link.await_since(self._now())
+            return False
+        interval = (piece.first, end)
+        place, table = (piece.plane, piece.layer), transfer.order.block_table
+        slot, body = None, self._place.memory.contiguous(place, table, interval)
+        if body is None:
+            if (slot := self._staging.acquire(num_bytes)) is None:
+                return False
+            body = slot.view
+            self._place.memory.read_rows(place, table, interval, body)
+        header = FrameHeader(
+            kind=FrameKind.FILL,
+            fingerprint=link.identity.fingerprint,
+            sender=link.identity.sender,
+            receiver=link.identity.receiver,
+            transfer=bytes.fromhex(target.transfer_id),
+            attempt=target.attempt,
+            plane=piece.plane,
+            layer=piece.layer,
+            first_token=piece.first,
+            num_tokens=end - piece.first,
+            body_bytes=num_bytes,
+        )
+        if state.note_sent():
+            self._record("transfer.first_frame_sent", transfer)
+        tracker = link.send_fill(header, body)
+        link.in_flight[header.range_key] = InFlight(transfer, num_bytes, slot, tracker)
+        state.num_borrowed += slot is None
+        link.await_since(self._now())
+        if end < piece.end:
+            state.pieces[0] = piece._replace(first=end)
+        else:
+            state.pieces.popleft()
+        return True
+
+    def _send_commit(self, link: Link, transfer: OutgoingTransfer) -> bool:
+        assert transfer.state.commit is not None, "has_work without pieces means a commit"
+        link.send_small(FrameKind.COMMIT, transfer.state.commit.encode(), transfer)
+        transfer.state.commit_sent = True
+        transfer.state.progress_at = self._now()
+        return True
+
+    def _take_answers(self, link: Link) -> bool:
+        link.check_connection()
+        for header, body in link.answers():
+            if header.kind is FrameKind.ACK:
+                self._acked(link, header, decode_ack(body))
+            elif header.kind is FrameKind.ABORT:
+                self._refused(link, header, Abort.decode(body))
+            link.progressed(self._now())
+        return False
+
+    def _acked(self, link: Link, header: FrameHeader, kind: FrameKind) -> None:
+        if kind is FrameKind.FILL and (frame := link.in_flight.pop(header.range_key, None)):
+            frame.transfer.state.note_acked(frame.num_bytes)
+            frame.transfer.state.progress_at = self._now()
+            self._let_go(frame)
+        elif kind is FrameKind.COMMIT:
+            transfer = self._find(link, header)
+            if transfer is not None and transfer.state.num_in_flight == 0:
+                self._finish(transfer, "")
+
+    def _refused(self, link: Link, header: FrameHeader, abort: Abort) -> None:
+        if abort.refused is FrameKind.CREDIT:
+            raise LinkLost(f"refused: {abort.cause}")
+        if frame := link.in_flight.pop(header.range_key, None):
+            frame.transfer.state.num_in_flight -= 1
+            self._let_go(frame)
+        if transfer := self._find(link, header):
+            self._place.counters.add(f"refused_by_peer.{abort.cause}" if abort.refused else "aborted_by_peer")
+            self._finish(transfer, f"refused: {abort.cause}" if abort.refused else f"aborted: {abort.cause}")
+
+    def _abort(self, transfer: OutgoingTransfer, reason: str, *, finished: bool) -> None:
+        link = self._link_of[transfer]
+        self._finish(transfer, reason)
+        body = Abort(reason, finished=finished).encode()
+        self._guard(link, lambda link: link.send_small(FrameKind.ABORT, body, transfer) or False)
+
+    def _find(self, link: Link, header: FrameHeader) -> OutgoingTransfer | None:
+        place = (header.transfer_id, header.attempt)
+        matching = (t for t in link.transfers if (t.transfer_id, t.order.target.attempt) == place)
+        return next(matching, None)
+
+    def _drop(self, link: Link, cause: str) -> None:
+        """The link is over: its transfers fail, its staging waits for ZeroMQ to let go."""
+        self._links = {key: other for key, other in self._links.items() if other is not link}
+        self._poller.unregister(link.socket)
+        self._poller.unregister(link.monitor)
+        link.close()
+        self._orphans.extend(link.in_flight.values())
+        for transfer in list(link.transfers):
+            self._finish(transfer, cause)
+
+    def _free_orphans(self) -> None:
+        done = [frame for frame in self._orphans if frame.tracker.done]
+        self._orphans = [frame for frame in self._orphans if not frame.tracker.done]
+        for frame in done:
+            self._let_go(frame)
+
+    def _let_go(self, frame: InFlight) -> None:
+        """ZeroMQ reads the frame's memory no more."""
+        if frame.slot is not None:
+            self._staging.release(frame.slot)
+            return
+        frame.transfer.state.num_borrowed -= 1
+        self._report_if_quiet(frame.transfer)
+
+    def _finish(self, transfer: OutgoingTransfer, failure: str) -> None:
+        """The transfer has ended; its blocks stay borrowed while ZeroMQ reads them."""
+        state = transfer.state
+        if state.has_ended:
+            return
+        state.failure = failure
+        state.pieces.clear()
+        if link := self._link_of.pop(transfer, None):
+            link.transfers.discard(transfer)
+            link.used_at = self._now()
+        self._place.counters.add("failed" if failure else "acked")
+        self._record("transfer.failed" if failure else "transfer.acked", transfer, failure)
+        self._report_if_quiet(transfer)
+
+    def _report_if_quiet(self, transfer: OutgoingTransfer) -> None:
+        state = transfer.state
+        if not state.has_ended or state.num_borrowed or state.closed:
+            return
+        state.closed = True
+        try:
+            transfer.order.on_done(state.outcome())
+        except Exception as error:  # noqa: BLE001 - a handler's fault must not end the other transfers
+            self._record("transfer.error", transfer, repr(error))
+
+    def _record(self, event: str, transfer: OutgoingTransfer, cause: str = "") -> None:
+        target, request_id = transfer.order.target, transfer.order.request_id
+        self._place.ledger.record(
+            event, request_id=request_id, transfer_id=target.transfer_id, attempt=target.attempt, cause=cause
+        )

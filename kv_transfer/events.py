@@ -1,0 +1,50 @@
+"""What a receiver tells the decode service, and how it is set up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from isthmus.types import Extent, Token
+from kv_transfer.transfers import StateChange, TransferStats
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedTransfer:
+    transfer_id: str
+    request_id: str
+    token: Token  # token 0
+    stats: TransferStats
+
+
+@dataclass(frozen=True, slots=True)
+class FailedTransfer:
+    transfer_id: str
+    request_id: str
+    attempt: int
+    missing: tuple[Extent, ...]
+    reason: str  # "fill_deadline", or the sender's own words
+    finished: bool = False  # nothing failed: the request ended at token 0 and needs no decode
+
+
+def _ignore(_: StateChange) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TransferEvents:
+    """Called from the receiver's thread outside its lock; must not block.
+
+    A transfer cancelled by another thread at the same moment may still be reported: the owner knows it no longer.
+    `on_state` hears every state change in order, from the thread that made it, under the lock: it may only hand it on.
+    """
+
+    on_ready: Callable[[ClaimedTransfer], None]
+    on_failed: Callable[[FailedTransfer], None]
+    on_state: Callable[[StateChange], None] = _ignore
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverOptions:
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: a free one
+    credit_bytes: int = 8 * 2**20  # per sender
+    max_peers: int = 256
+    max_transfers: int = 1024

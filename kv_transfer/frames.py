@@ -1,0 +1,168 @@
+"""The wire: every ZeroMQ message is [header, body]; the header is fixed, little-endian and covered by the checksum.
+
+offset  size  field
+     0     4  magic "ISKV"
+     4     2  wire version
+     6     2  kind
+     8     2  plane
+    10     2  layer
+    12     4  attempt
+    16     4  first token position
+    20     4  token count
+    24     4  body bytes
+    28    16  layout fingerprint
+    44    16  incarnation of the frame's sender
+    60    16  incarnation of its receiver
+    76    16  transfer id (zeros: the frame is about the link)
+    92    16  xxh3-128 of the header, this field zeroed, and the body
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import xxhash
+
+from isthmus.kv_layout import WIRE_VERSION
+
+MAGIC = b"ISKV"
+MAX_BODY_BYTES = 4 * 2**20
+NO_TRANSFER = bytes(16)
+
+_HEADER = struct.Struct("<4sHHHHIIII16s16s16s16s16s")
+HEADER_BYTES = _HEADER.size
+_NO_CHECKSUM = bytes(16)
+_COVERED_BYTES = HEADER_BYTES - len(_NO_CHECKSUM)
+
+Buffer = bytes | bytearray | memoryview
+
+
+class FrameKind(Enum):
+    FILL = 1  # P to D: rows of one plane and layer
+    COMMIT = 2  # P to D: token 0 and the extents it rests on
+    ABORT = 3  # either way: the transfer ends, or this frame was refused
+    ACK = 4  # D to P: echoes the range of the frame it accepts
+    CREDIT = 5  # P asks for credit; D grants bytes
+
+
+class Refusal(Enum):
+    """Why a frame was refused; the value is the counter's name and travels in the ABORT answer."""
+
+    MALFORMED = "malformed"  # not [header, body], or a header of another size
+    BAD_MAGIC = "bad_magic"
+    BAD_VERSION = "bad_version"
+    BAD_KIND = "bad_kind"
+    BAD_BODY = "bad_body"  # length or content differs from what the header says
+    BAD_CHECKSUM = "bad_checksum"
+    LAYOUT_MISMATCH = "layout_mismatch"
+    STALE_OWNER = "stale_owner"  # meant for another incarnation of the receiver
+    WRONG_SENDER = "wrong_sender"
+    NO_CREDIT = "no_credit"
+    TOO_MANY_PEERS = "too_many_peers"
+    UNKNOWN_TRANSFER = "unknown_transfer"
+    LATE = "late"  # the transfer has ended
+    OLD_ATTEMPT = "old_attempt"
+    FUTURE_ATTEMPT = "future_attempt"
+    OUT_OF_RANGE = "out_of_range"  # plane, layer or positions outside the reservation
+    WRONG_EXTENTS = "wrong_extents"  # a commit that rests on other rows than the reservation asked for
+    INTERNAL = "internal"
+
+
+class BadFrame(Exception):
+    """A frame that must not be acted on."""
+
+    def __init__(self, refusal: Refusal):
+        super().__init__(refusal.value)
+        self.refusal = refusal
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    kind: FrameKind
+    fingerprint: bytes
+    sender: bytes
+    receiver: bytes
+    transfer: bytes = NO_TRANSFER
+    attempt: int = 0
+    plane: int = 0
+    layer: int = 0
+    first_token: int = 0
+    num_tokens: int = 0
+    body_bytes: int = 0
+    checksum: bytes = _NO_CHECKSUM
+
+    @property
+    def transfer_id(self) -> str:
+        return self.transfer.hex()
+
+    @property
+    def end_token(self) -> int:
+        return self.first_token + self.num_tokens
+
+    @property
+    def range_key(self) -> tuple[bytes, int, int, int, int, int]:
+        """What an answer echoes; unique among the unanswered fill frames of a link."""
+        return (self.transfer, self.attempt, self.plane, self.layer, self.first_token, self.num_tokens)
+
+    def encode(self) -> bytes:
+        return _HEADER.pack(
+            MAGIC,
+            WIRE_VERSION,
+            self.kind.value,
+            self.plane,
+            self.layer,
+            self.attempt,
+            self.first_token,
+            self.num_tokens,
+            self.body_bytes,
+            self.fingerprint,
+            self.sender,
+            self.receiver,
+            self.transfer,
+            self.checksum,
+        )
+
+    @classmethod
+    def decode(cls, raw: Buffer) -> "FrameHeader":
+        """Raises BadFrame; checks only what the header alone can tell."""
+        if len(raw) != HEADER_BYTES:
+            raise BadFrame(Refusal.MALFORMED)
+        magic, version, kind, plane, layer, attempt, first, count, body_bytes, *ids = _HEADER.unpack(raw)
+        if magic != MAGIC:
+            raise BadFrame(Refusal.BAD_MAGIC)
+        if version != WIRE_VERSION:
+            raise BadFrame(Refusal.BAD_VERSION)
+        if kind not in _KINDS:
+            raise BadFrame(Refusal.BAD_KIND)
+        if body_bytes > MAX_BODY_BYTES:
+            raise BadFrame(Refusal.BAD_BODY)
+        fingerprint, sender, receiver, transfer, checksum = ids
+        place = (attempt, plane, layer, first, count, body_bytes)
+        return cls(_KINDS[kind], fingerprint, sender, receiver, transfer, *place, checksum)
+
+
+_KINDS = {kind.value: kind for kind in FrameKind}
+
+
+def seal(header: FrameHeader, body: Buffer) -> bytes:
+    """The encoded header with the checksum in place. `header.body_bytes` must be the body's length."""
+    assert header.body_bytes == len(body), "the header names the body's length"
+    covered = header.encode()[:_COVERED_BYTES]
+    return covered + _checksum(covered, body)
+
+
+def is_intact(raw_header: Buffer, body: Buffer) -> bool:
+    """Whether the checksum of a received frame holds."""
+    covered = bytes(raw_header[:_COVERED_BYTES])
+    return _checksum(covered, body) == bytes(raw_header[_COVERED_BYTES:])
+
+
+def _checksum(covered: bytes, body: Buffer) -> bytes:
+    # The streaming form releases the GIL on large bodies and needs no joined copy.
+    state = _new_state(covered + _NO_CHECKSUM)
+    state.update(body)
+    return state.digest()
+
+
+_new_state: Callable[[bytes], xxhash.xxh3_128] = xxhash.xxh3_128

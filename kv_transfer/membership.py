@@ -1,0 +1,111 @@
+"""A worker's place among the others: its leased record, and whether its cache layout fits theirs.
+
+The first worker that serves decides the layout. One that differs stays not-ready, naming the field, until
+the others are gone.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from isthmus.config import WorkerConfig
+from isthmus.kv_layout import KvLayout
+from isthmus.log import get_logger
+from isthmus.types import BlockCounts
+from isthmus.v1 import admin_pb2
+from isthmus.worker_context import WorkerContext
+from kv_transfer.lease import LeaseKeeper, LeaseTimes
+from kv_transfer.mirror import HandoffMirror
+from kv_transfer.ownership import OpenStore, OwnershipStore, StoreUnavailable, WorkerLoad, WorkerRecord
+
+log = get_logger("membership")
+Status = Callable[[], admin_pb2.GetStatusResponse]
+FLUSH_S = 0.5
+
+
+@contextlib.asynccontextmanager
+async def running(mirror: HandoffMirror) -> AsyncIterator[HandoffMirror]:
+    """The mirror's task; at the end what was reported is still written, within a bound."""
+    task = asyncio.create_task(mirror.run(), name="handoff-mirror")
+    try:
+        yield mirror
+    finally:
+        await mirror.flush(FLUSH_S)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def find_conflict(layout: KvLayout, incarnation: str, others: Sequence[WorkerRecord]) -> str | None:
+    """How this layout differs from that of a worker that serves, readably; None when it fits. Pure."""
+    for other in others:
+        if other.serving and other.incarnation != incarnation and other.layout.fingerprint != layout.fingerprint:
+            differences = "; ".join(layout.differing_fields(other.layout))
+            return f"cache layout differs from that of {other.name}: {differences}"
+    return None
+
+
+class Membership:
+    """Registers a worker while `join` is entered; `status` is its own part of GetStatus, asked by any thread."""
+
+    def __init__(self, config: WorkerConfig, context: WorkerContext, status: Status, open_store: OpenStore):
+        self._config = config
+        self._identity = context.identity
+        self._health = context.health
+        self._status = status
+        self._open_store = open_store
+
+    @contextlib.asynccontextmanager
+    async def join(self, store: OwnershipStore, layout: KvLayout) -> AsyncIterator[None]:
+        """Leases the record, then serves as soon as the layout fits; gives the lease up at the end."""
+        keeper = LeaseKeeper(
+            lambda: self._open_store(self._config.redis_url),
+            lambda: self._record(layout),
+            times=LeaseTimes(self._config.heartbeat_s, self._config.lease_s),
+        )
+        keeper.start()
+        waiting = asyncio.create_task(self._serve_when_layouts_agree(store, layout, keeper), name="membership")
+        try:
+            yield
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            await asyncio.to_thread(keeper.stop)
+
+    async def _serve_when_layouts_agree(self, store: OwnershipStore, layout: KvLayout, keeper: LeaseKeeper) -> None:
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                conflict = find_conflict(layout, self._identity.incarnation, await store.list_workers())
+                if conflict is None:
+                    self._health.ready()
+                    keeper.renew_now()
+                    return
+                if self._health.snapshot().reason != conflict:
+                    log.warning("layout.conflict", detail=conflict)
+                self._health.not_ready(conflict)
+            await asyncio.sleep(self._config.heartbeat_s)
+
+    def _record(self, layout: KvLayout) -> WorkerRecord:
+        status, health = self._status(), self._health.snapshot()
+        blocks = status.blocks
+        return WorkerRecord(
+            incarnation=self._identity.incarnation,
+            role=self._identity.role,
+            name=self._identity.name,
+            pid=os.getpid(),
+            grpc_address=self._identity.grpc_address,
+            zmq_endpoint=self._identity.zmq_endpoint or None,
+            http_address=self._identity.http_address,
+            layout=layout,
+            numerics_digest=status.numerics_digest,
+            numerics_ingredients=dict(status.numerics_ingredients),
+            model_digest=layout.model_digest,
+            load=WorkerLoad(
+                blocks=BlockCounts(blocks.total, blocks.free, blocks.cached, blocks.referenced, blocks.draining),
+                num_streams=status.num_streams,
+                num_queued=status.num_queued,
+            ),
+            serving=health.serving,
+            state=health.state.value,
+            seconds_since_progress=self._health.watch.seconds_since_progress,
+        )

@@ -1,0 +1,98 @@
+"""Bodies of the small frames. Fill bodies are bare rows; everything here is bounded and parsed without trust."""
+
+import struct
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from isthmus.convert import token_from_proto, token_to_proto
+from isthmus.types import Extent, Token
+from isthmus.v1 import types_pb2
+from kv_transfer.frames import BadFrame, Buffer, FrameKind, Refusal
+
+MAX_COMMIT_BYTES = 256 * 2**10
+_MAX_CAUSE_BYTES = 200
+
+_COMMIT = struct.Struct("<II")  # bytes of the Token message, number of extents
+_EXTENT = struct.Struct("<HHII")  # plane, layer, first token, token count
+_ABORT = struct.Struct("<HH")  # kind of the refused frame (0: the transfer as a whole), 1 if the request is finished
+_ACK = struct.Struct("<H")  # kind of the accepted frame
+_CREDIT = struct.Struct("<Q")  # bytes granted; 0 asks
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Token 0, and the rows that must be there before decode may go on from it."""
+
+    token: Token
+    extents: tuple[Extent, ...]
+
+    def encode(self) -> bytes:
+        token = token_to_proto(self.token).SerializeToString()
+        extents = (_EXTENT.pack(e.plane, e.layer, e.first_token, e.num_tokens) for e in self.extents)
+        return _COMMIT.pack(len(token), len(self.extents)) + token + b"".join(extents)
+
+    @classmethod
+    def decode(cls, body: Buffer) -> "Commit":
+        if not _COMMIT.size <= len(body) <= MAX_COMMIT_BYTES:
+            raise BadFrame(Refusal.BAD_BODY)
+        token_bytes, num_extents = _COMMIT.unpack_from(body)
+        if _COMMIT.size + token_bytes + num_extents * _EXTENT.size != len(body):
+            raise BadFrame(Refusal.BAD_BODY)
+        extents_at = _COMMIT.size + token_bytes
+        try:
+            token = types_pb2.Token.FromString(bytes(body[_COMMIT.size : extents_at]))
+        except DecodeError as error:
+            raise BadFrame(Refusal.BAD_BODY) from error
+        return cls(token_from_proto(token), tuple(Extent(*fields) for fields in _EXTENT.iter_unpack(body[extents_at:])))
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The transfer ends (`refused` is None), or D would not take one frame and names its kind."""
+
+    cause: str
+    refused: FrameKind | None = None
+    finished: bool = False  # nothing failed: the request ended at token 0
+
+    def encode(self) -> bytes:
+        kind = 0 if self.refused is None else self.refused.value
+        return _ABORT.pack(kind, self.finished) + self.cause.encode()[:_MAX_CAUSE_BYTES]
+
+    @classmethod
+    def decode(cls, body: Buffer) -> "Abort":
+        if not _ABORT.size <= len(body) <= _ABORT.size + _MAX_CAUSE_BYTES:
+            raise BadFrame(Refusal.BAD_BODY)
+        kind, finished = _ABORT.unpack_from(body)
+        cause = bytes(body[_ABORT.size :]).decode(errors="replace")
+        return cls(cause, _frame_kind(kind) if kind else None, bool(finished))
+
+
+def encode_ack(accepted: FrameKind) -> bytes:
+    return _ACK.pack(accepted.value)
+
+
+def decode_ack(body: Buffer) -> FrameKind:
+    return _frame_kind(_unpack_one(_ACK, body))
+
+
+def encode_credit(num_bytes: int) -> bytes:
+    return _CREDIT.pack(num_bytes)
+
+
+def decode_credit(body: Buffer) -> int:
+    return _unpack_one(_CREDIT, body)
+
+
+def _unpack_one(form: struct.Struct, body: Buffer) -> int:
+    if len(body) != form.size:
+        raise BadFrame(Refusal.BAD_BODY)
+    value: int = form.unpack(body)[0]
+    return value
+
+
+def _frame_kind(value: int) -> FrameKind:
+    try:
+        return FrameKind(value)
+    except ValueError as error:
+        raise BadFrame(Refusal.BAD_BODY) from error

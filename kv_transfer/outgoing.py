@@ -1,0 +1,162 @@
+"""One transfer as the prefill side sees it: a handle any thread may use, and the state the sender's thread keeps."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from isthmus.kv_layout import KvLayout
+from isthmus.types import Extent, Token, TransferTarget
+from kv_transfer.coverage import Coverage
+from kv_transfer.messages import Commit
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOutcome:
+    """The last word on a transfer: everything acknowledged, or why not."""
+
+    acked: bool
+    failure: str  # empty when acked
+    bytes: int  # of acknowledged rows
+    frames: int  # acknowledged fill frames
+    blocks: int  # blocks the rows of this transfer lie in
+    first_send_ns: int | None  # CLOCK_MONOTONIC
+    last_ack_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOrder:
+    target: TransferTarget
+    block_table: tuple[int, ...]
+    on_done: Callable[[TransferOutcome], None]
+    request_id: str = ""
+
+
+class Piece(NamedTuple):
+    """Rows [first, end) of one plane and layer, computed and not sent yet."""
+
+    plane: int
+    layer: int
+    first: int
+    end: int
+
+
+class Opened(NamedTuple):
+    transfer: "OutgoingTransfer"
+
+
+class RowsReady(NamedTuple):
+    transfer: "OutgoingTransfer"
+    piece: Piece
+
+
+class CommitReady(NamedTuple):
+    transfer: "OutgoingTransfer"
+    token: Token
+
+
+class AbortWanted(NamedTuple):
+    transfer: "OutgoingTransfer"
+    reason: str
+    finished: bool
+
+
+Command = Opened | RowsReady | CommitReady | AbortWanted
+
+
+class OutgoingTransfer:
+    """Public methods only hand a command to the sender's thread; they are cheap and any thread may call them."""
+
+    def __init__(self, order: TransferOrder, layout: KvLayout, post: Callable[[Command], None]):
+        self.order = order
+        self.state = OutgoingState(order.target.missing, layout.block_size)
+        self._post = post
+
+    @property
+    def transfer_id(self) -> str:
+        return self.order.target.transfer_id
+
+    @property
+    def closed(self) -> bool:
+        """Nothing more is sent; on_done was called, or follows when ZeroMQ reads no block of it any more."""
+        return self.state.has_ended
+
+    def rows_ready(self, plane: int, layer: int, first: int, n: int) -> None:
+        """Positions [first, first + n) are final in the pool. Only what the target misses goes out, and only once."""
+        self._post(RowsReady(self, Piece(plane, layer, first, first + n)))
+
+    def commit(self, token: Token) -> None:
+        """Token 0, after the last rows_ready. on_done(acked=True) follows when the receiver has claimed."""
+        self._post(CommitReady(self, token))
+
+    def abort(self, reason: str, *, finished: bool = False) -> None:
+        """Ends the transfer and tells the receiver to free; `finished`: the request needs no decode."""
+        self._post(AbortWanted(self, reason, finished))
+
+
+class OutgoingState:
+    """What is queued, under way and acknowledged. Only the sender's thread writes it."""
+
+    def __init__(self, missing: tuple[Extent, ...], block_size: int):
+        self.coverage = Coverage(missing)  # of rows handed in
+        self.pieces: deque[Piece] = deque()
+        self.commit: Commit | None = None
+        self.commit_sent = False
+        self.num_in_flight = 0  # fill frames without an answer
+        self.num_borrowed = 0  # frames that ZeroMQ reads straight from the pool
+        self.failure: str | None = None  # set when the transfer has ended, empty for success
+        self.progress_at = 0.0  # Clock.now() of the last answer, or of the commit
+        self.closed = False  # on_done has been called, or is being called
+        self._missing = missing
+        self._blocks = {block for e in missing for block in range(e.first_token // block_size, -(-e.end // block_size))}
+        self._acked_bytes = 0
+        self._acked_frames = 0
+        self._first_send_ns: int | None = None
+        self._last_ack_ns: int | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.failure is not None
+
+    @property
+    def has_work(self) -> bool:
+        """Something could be sent now, credit and memory permitting."""
+        return not self.has_ended and (bool(self.pieces) or (self.commit is not None and not self.commit_sent))
+
+    def add_rows(self, piece: Piece) -> None:
+        interval = (piece.first, piece.end)
+        for first, end in self.coverage.gaps(piece.plane, piece.layer, interval):
+            self.pieces.append(Piece(piece.plane, piece.layer, first, end))
+        self.coverage.cover(piece.plane, piece.layer, interval)
+
+    def add_commit(self, token: Token) -> bool:
+        """False if rows the receiver waits for were never handed in: a commit could not be honoured."""
+        self.commit = Commit(token, self._missing)
+        return self.coverage.is_complete
+
+    def note_sent(self) -> bool:
+        """A fill frame leaves; True for the first."""
+        self.num_in_flight += 1
+        if self._first_send_ns is not None:
+            return False
+        self._first_send_ns = time.monotonic_ns()
+        return True
+
+    def note_acked(self, num_bytes: int) -> None:
+        self.num_in_flight -= 1
+        self._acked_bytes += num_bytes
+        self._acked_frames += 1
+        self._last_ack_ns = time.monotonic_ns()
+
+    def outcome(self) -> TransferOutcome:
+        assert self.failure is not None, "the outcome is known at the end"
+        return TransferOutcome(
+            acked=not self.failure,
+            failure=self.failure,
+            bytes=self._acked_bytes,
+            frames=self._acked_frames,
+            blocks=len(self._blocks),
+            first_send_ns=self._first_send_ns,
+            last_ack_ns=self._last_ack_ns,
+        )

@@ -1,0 +1,159 @@
+"""Who is alive and who owns which blocks: discovery, placement hints and Resume look-up. Never a fence.
+
+The process that owns memory decides by itself; a store may be flushed, rolled back, slow, gone or lying. Two
+implementations obey one suite: `ownership_redis` and `ownership_memory`.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from isthmus.config import ServiceConfig
+from isthmus.errors import CannotStart, IsthmusError
+from isthmus.kv_layout import KvLayout
+from isthmus.types import BlockCounts
+from kv_transfer.handoff import HandoffState
+
+BLOCK_HASH_BYTES = 16
+MAX_BLOCK_HASHES = 65_536  # of one worker's snapshot: 1 MiB
+
+
+class StoreUnavailable(IsthmusError):
+    """The store did not answer in time; nothing is known about whether the change was made."""
+
+    grpc_status, reason, http_status = "UNAVAILABLE", "STORE_UNAVAILABLE", 503
+
+
+class TransitionResult(Enum):
+    """What a transition script returns, by its code."""
+
+    REFUSED = 0  # the record is in another state, or of a higher attempt: a counted alarm
+    APPLIED = 1  # made now, or found made already by the same attempt
+    UNKNOWN = 2  # no record: it ended, expired, or the store lost it
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    blocks: BlockCounts
+    num_streams: int = 0
+    num_queued: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """A worker's lease: who it is, where it is, how loaded it is."""
+
+    incarnation: str  # 32 hex digits
+    role: str  # prefill | decode
+    name: str
+    pid: int
+    grpc_address: str
+    zmq_endpoint: str | None  # decode workers receive blocks here
+    http_address: str
+    layout: KvLayout
+    numerics_digest: str
+    numerics_ingredients: dict[str, str]
+    model_digest: str
+    load: WorkerLoad
+    serving: bool
+    state: str  # as in GetStatus: starting | idle | stepping | stalled | draining | not_ready
+    seconds_since_progress: float
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffRecord:
+    transfer_id: str
+    request_id: str
+    decode: str  # incarnation of the worker that set the blocks aside
+    prefill: str | None = None  # incarnation of the worker that fills them, once known
+    attempt: int = 1
+    state: HandoffState = HandoffState.RESERVED
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """`state` may equal `from_state` for a rearm, which only raises the attempt."""
+
+    transfer_id: str
+    from_state: HandoffState
+    to_state: HandoffState
+    attempt: int
+    prefill: str | None = None  # recorded when known
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSnapshot:
+    """Every full prompt block a worker can serve from its cache. A higher sequence replaces a lower one."""
+
+    sequence: int
+    hashes: Sequence[bytes] = field(default=())  # BLOCK_HASH_BYTES each
+
+
+class OwnershipStore(Protocol):
+    """Every call is bounded in time and raises StoreUnavailable; values that make no sense are skipped and counted."""
+
+    @property
+    def counters(self) -> dict[str, int]: ...
+
+    async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
+        """Takes or renews the lease, and with it the life of the worker's block snapshot."""
+        ...
+
+    async def drop_worker(self, incarnation: str) -> None: ...
+
+    async def list_workers(self) -> list[WorkerRecord]: ...
+
+    async def publish_blocks(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
+        """False if the store has a snapshot of the same or a higher sequence."""
+        ...
+
+    async def list_blocks(self, incarnation: str) -> BlockSnapshot | None: ...
+
+    async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
+        """REFUSED if the id is known with other owners, state or attempt."""
+        ...
+
+    async def advance_handoff(self, transition: Transition) -> TransitionResult:
+        """One atomic step of handoff.TRANSITIONS; a final state deletes the record."""
+        ...
+
+    async def find_handoff(self, transfer_id: str) -> HandoffRecord | None: ...
+
+    async def put_stream(self, request_id: str, decode: str, ttl_s: float) -> None:
+        """The hint for Resume: which decode worker holds the stream."""
+        ...
+
+    async def drop_stream(self, request_id: str, decode: str) -> bool:
+        """Only if the hint still names `decode`."""
+        ...
+
+    async def find_stream(self, request_id: str) -> str | None: ...
+
+    async def ping(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+OpenStore = Callable[[str], Awaitable[OwnershipStore]]  # by URL; raises CannotStart when nothing answers there
+
+
+OpenStore = Callable[[str], OwnershipStore]  # by URL; it connects at its first command
+
+
+@asynccontextmanager
+async def connected(open_store: OpenStore, config: ServiceConfig) -> AsyncIterator[OwnershipStore]:
+    """A store that answered once. Raises CannotStart when it does not."""
+    store = open_store(config.redis_url)
+    try:
+        try:
+            await store.ping()
+        except StoreUnavailable as error:
+            problem = f"Redis at {config.redis_shown} does not answer"
+            raise CannotStart(
+                "redis_url", problem, "start Redis there, or set --redis-url or ISTHMUS_REDIS_URL"
+            ) from error
+        yield store
+    finally:
+        await store.close()

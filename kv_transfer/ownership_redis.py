@@ -1,0 +1,206 @@
+"""Ownership in Redis. Keys, and nothing else:
+
+    w:{incarnation}       string, JSON of WorkerRecord: the lease, PX ttl
+    blocks:{incarnation}  string, uint64 sequence + packed 16-byte hashes; lives as long as the lease
+    handoff:{transfer}    hash: state, request_id, decode, prefill, attempt, ttl_ms; deleted by a final state
+    stream:{request}      string, incarnation of the decode worker that holds it
+
+A block snapshot is one versioned value, replaced whole: at most 1 MiB, a higher sequence wins, no deltas to lose. Every
+atomic change is one Lua file in `lua/`. No call waits longer than `timeout_s`.
+"""
+
+import asyncio
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from isthmus.errors import CannotStart
+from kv_transfer.counters import Counters
+from kv_transfer.handoff import TRANSITIONS
+from kv_transfer.ownership import (
+    BlockSnapshot,
+    HandoffRecord,
+    OwnershipStore,
+    StoreUnavailable,
+    Transition,
+    TransitionResult,
+    WorkerRecord,
+)
+from kv_transfer.records import (
+    BadRecord,
+    decode_blocks,
+    decode_handoff,
+    decode_stream,
+    decode_worker,
+    encode_blocks,
+    encode_worker,
+)
+
+Answer = TypeVar("Answer")
+
+_MAX_CONNECTIONS = 8
+_MAX_WORKERS = 4096  # leases read at most; a hostile writer cannot make a listing endless
+_LUA = Path(__file__).with_name("lua")
+_TRANSITION_TABLE = " " + " ".join(f"{a.value}>{b.value}" for a, after in TRANSITIONS.items() for b in after) + " "
+
+
+class RedisOwnership:
+    """One event loop. A command survives its caller's cancellation, or dies with its connection (CVE-2023-28858)."""
+
+    def __init__(self, url: str, *, timeout_s: float = 1.0):
+        self._timeout_s = timeout_s
+        self._counts = Counters()
+        self._in_flight: set[asyncio.Task[Any]] = set()
+        # Any: the library's command types cannot say that nothing is decoded.
+        self._client: Any = redis.asyncio.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            max_connections=_MAX_CONNECTIONS,
+            decode_responses=False,
+        )
+        self._begin_handoff = self._script("begin_handoff")
+        self._advance_handoff = self._script("advance_handoff")
+        self._publish_blocks = self._script("publish_blocks")
+        self._drop_stream = self._script("drop_stream")
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._counts.read()
+
+    async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
+        async def put() -> None:
+            async with self._client.pipeline(transaction=False) as pipe:
+                pipe.set(f"w:{record.incarnation}", encode_worker(record), px=_milliseconds(ttl_s))
+                pipe.pexpire(f"blocks:{record.incarnation}", _milliseconds(ttl_s))
+                await pipe.execute()
+
+        await self._bounded(put())
+
+    async def drop_worker(self, incarnation: str) -> None:
+        await self._bounded(self._client.delete(f"w:{incarnation}", f"blocks:{incarnation}"))
+
+    async def list_workers(self) -> list[WorkerRecord]:
+        raw = await self._bounded(self._read_workers())
+        records: list[WorkerRecord] = []
+        for name, value in raw.items():
+            try:
+                records.append(decode_worker(value, name))
+            except BadRecord:
+                self._counts.add("bad_record.worker")
+        return records
+
+    async def publish_blocks(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
+        arguments = [encode_blocks(snapshot), _milliseconds(ttl_s)]
+        return bool(await self._bounded(self._publish_blocks(keys=[f"blocks:{incarnation}"], args=arguments)))
+
+    async def list_blocks(self, incarnation: str) -> BlockSnapshot | None:
+        raw: bytes | None = await self._bounded(self._client.get(f"blocks:{incarnation}"))
+        try:
+            return None if raw is None else decode_blocks(raw)
+        except BadRecord:
+            self._counts.add("bad_record.blocks")
+            return None
+
+    async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
+        owners = [record.state.value, record.request_id, record.decode, record.prefill or ""]
+        arguments = [*owners, record.attempt, _milliseconds(ttl_s)]
+        code = await self._bounded(self._begin_handoff(keys=[f"handoff:{record.transfer_id}"], args=arguments))
+        return TransitionResult(code)
+
+    async def advance_handoff(self, transition: Transition) -> TransitionResult:
+        arguments = [
+            transition.from_state.value,
+            transition.to_state.value,
+            transition.attempt,
+            transition.prefill or "",
+            _TRANSITION_TABLE,
+            int(transition.to_state.is_final),
+        ]
+        code = await self._bounded(self._advance_handoff(keys=[f"handoff:{transition.transfer_id}"], args=arguments))
+        return TransitionResult(code)
+
+    async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
+        raw: dict[bytes, bytes] = await self._bounded(self._client.hgetall(f"handoff:{transfer_id}"))
+        try:
+            return decode_handoff(raw, transfer_id) if raw else None
+        except BadRecord:
+            self._counts.add("bad_record.handoff")
+            return None
+
+    async def put_stream(self, request_id: str, decode: str, ttl_s: float) -> None:
+        await self._bounded(self._client.set(f"stream:{request_id}", decode, px=_milliseconds(ttl_s)))
+
+    async def drop_stream(self, request_id: str, decode: str) -> bool:
+        return bool(await self._bounded(self._drop_stream(keys=[f"stream:{request_id}"], args=[decode])))
+
+    async def find_stream(self, request_id: str) -> str | None:
+        raw: bytes | None = await self._bounded(self._client.get(f"stream:{request_id}"))
+        try:
+            return None if raw is None else decode_stream(raw)
+        except BadRecord:
+            self._counts.add("bad_record.stream")
+            return None
+
+    async def ping(self) -> None:
+        await self._bounded(self._client.ping())
+
+    async def close(self) -> None:
+        """Commands left by cancelled callers end first, within their own bound."""
+        if self._in_flight:
+            await asyncio.wait(self._in_flight, timeout=self._timeout_s)
+        await self._client.aclose()
+
+    async def _read_workers(self) -> dict[str, bytes]:
+        names: list[bytes] = []
+        async for name in self._client.scan_iter(match="w:*", count=256):
+            names.append(name)
+            if len(names) == _MAX_WORKERS:
+                break
+        values = await self._client.mget(names) if names else []
+        found = zip(names, values, strict=True)
+        return {name.decode(errors="replace")[2:]: value for name, value in found if value is not None}
+
+    async def _bounded(self, command: Awaitable[Answer]) -> Answer:
+        """Runs the command in a task of its own: a caller that is cancelled never tears a connection out of step."""
+        task = asyncio.ensure_future(command)
+        self._in_flight.add(task)
+        task.add_done_callback(self._forget)
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), self._timeout_s)
+        except TimeoutError as error:
+            task.cancel()  # redis-py closes the connection of a command that was cancelled
+            self._counts.add("unavailable")
+            raise StoreUnavailable(f"no answer from Redis within {self._timeout_s} s") from error
+        except (RedisError, OSError) as error:
+            self._counts.add("unavailable")
+            raise StoreUnavailable(f"Redis: {type(error).__name__}") from error
+
+    def _forget(self, task: "asyncio.Task[Any]") -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen here when the caller has gone
+
+    def _script(self, name: str) -> Any:
+        return self._client.register_script((_LUA / f"{name}.lua").read_text())
+
+
+async def open_store(url: str) -> OwnershipStore:
+    """A store that has answered once. Raises CannotStart."""
+    try:
+        store = RedisOwnership(url)
+    except ValueError as error:
+        raise CannotStart("redis_url", f"{url}: {error}", "give redis://HOST:PORT") from error
+    try:
+        await store.ping()
+    except StoreUnavailable as error:
+        await store.close()
+        raise CannotStart("redis_url", f"{url}: {error.detail}", "start Redis there, or name where it runs") from error
+    return store
+
+
+def _milliseconds(ttl_s: float) -> int:
+    return max(1, round(ttl_s * 1000))

@@ -1,0 +1,105 @@
+"""Copies rows between a contiguous frame body and the blocks of the pool, with the GIL released.
+
+Memory of one (plane, layer) is `[num_blocks, block_size, row_bytes]`, contiguous. Blocks of one frame are copied by one
+numpy call whatever their order: a call per block would give the GIL away, and wait for it, hundreds of times a frame.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from isthmus.kv_layout import KvLayout
+from kv_transfer.frames import Buffer
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class PoolMemory:
+    """Views of the pool; allocates nothing. Any thread may copy; who may write which block is the caller's affair."""
+
+    def __init__(self, layout: KvLayout, memory: Mapping[tuple[int, int], memoryview]):
+        """Raises ValueError if a plane's layer is missing or does not hold the same number of whole blocks."""
+        self.layout = layout
+        self._blocks: dict[tuple[int, int], Bytes] = {}  # [num_blocks, block_size * row_bytes]
+        for number, plane in enumerate(layout.planes):
+            for layer in range(plane.num_layers):
+                flat = np.frombuffer(memory[number, layer], dtype=np.uint8)
+                self._blocks[number, layer] = flat.reshape(-1, layout.block_size * plane.row_bytes)
+        sizes = {len(blocks) for blocks in self._blocks.values()}
+        if len(sizes) != 1:
+            raise ValueError(f"layers hold different numbers of blocks: {sorted(sizes)}")
+        self.num_blocks = sizes.pop()
+
+    def check_table(self, block_table: Sequence[int]) -> None:
+        """Raises ValueError for a block id outside the pool; copies below trust the table."""
+        if block_table and not (min(block_table) >= 0 and max(block_table) < self.num_blocks):
+            raise ValueError(f"block ids must lie in [0, {self.num_blocks})")
+
+    def row_bytes(self, plane: int) -> int:
+        return self.layout.planes[plane].row_bytes
+
+    def contiguous(
+        self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int]
+    ) -> memoryview | None:
+        """The rows where they lie, if their blocks are neighbours in order; None otherwise."""
+        first_block, last_block = interval[0] // self.layout.block_size, (interval[1] - 1) // self.layout.block_size
+        run = _as_run(list(block_table[first_block : last_block + 1]))
+        if run is None:
+            return None
+        row_bytes = self.row_bytes(place[0])
+        start = (run.start * self.layout.block_size + interval[0] % self.layout.block_size) * row_bytes
+        return self._blocks[place].reshape(-1).data[start : start + (interval[1] - interval[0]) * row_bytes]
+
+    def read_rows(
+        self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int], into: Buffer
+    ) -> None:
+        """Positions [first, end) of (plane, layer) into the start of `into`."""
+        blocks, body = self._blocks[place], np.frombuffer(into, dtype=np.uint8)
+        for at, ids, columns in self._pieces(place[0], block_table, interval):
+            size = len(ids) * (columns.stop - columns.start)
+            piece = body[at : at + size]
+            if run := _as_run(ids):
+                np.copyto(piece.reshape(len(ids), -1), blocks[run, columns])
+            else:  # "clip" writes straight into `out`; the table was checked
+                np.take(blocks, ids, axis=0, out=piece.reshape(len(ids), -1), mode="clip")
+
+    def write_rows(
+        self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int], body: Buffer
+    ) -> None:
+        """The start of `body` into positions [first, end) of (plane, layer)."""
+        blocks, source = self._blocks[place], np.frombuffer(body, dtype=np.uint8)
+        for at, ids, columns in self._pieces(place[0], block_table, interval):
+            size = len(ids) * (columns.stop - columns.start)
+            piece = source[at : at + size].reshape(len(ids), -1)
+            if run := _as_run(ids):
+                np.copyto(blocks[run, columns], piece)
+            else:
+                blocks[ids] = piece
+
+    def _pieces(
+        self, plane: int, block_table: Sequence[int], interval: tuple[int, int]
+    ) -> list[tuple[int, list[int], slice]]:
+        """(offset in the body, block ids, their columns): a partial first block, whole blocks, a partial last one."""
+        row_bytes, block_size = self.row_bytes(plane), self.layout.block_size
+        position, end = interval
+        pieces: list[tuple[int, list[int], slice]] = []
+        while position < end:
+            index, offset = divmod(position, block_size)
+            if offset == 0 and end - position >= block_size:
+                num_whole = (end - position) // block_size
+                ids, columns = list(block_table[index : index + num_whole]), slice(0, block_size * row_bytes)
+                stop = position + num_whole * block_size
+            else:
+                stop = min(end, position + block_size - offset)
+                ids, columns = [block_table[index]], slice(offset * row_bytes, (offset + stop - position) * row_bytes)
+            pieces.append(((position - interval[0]) * row_bytes, ids, columns))
+            position = stop
+        return pieces
+
+
+def _as_run(ids: list[int]) -> slice | None:
+    """The ids as one slice when they are consecutive."""
+    consecutive = all(after == before + 1 for before, after in pairwise(ids))
+    return slice(ids[0], ids[-1] + 1) if consecutive else None

@@ -1,0 +1,127 @@
+"""The prefill side of transfers: one thread owns every link, takes rows from the pool, seals and sends them.
+
+A transfer's blocks are read until its on_done and not after; that comes exactly once, from this thread.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from isthmus.clock import Clock, SystemClock
+from isthmus.errors import LayoutMismatch, Overloaded
+from isthmus.ledger import Ledger
+from isthmus.types import TransferTarget
+from kv_transfer.counters import Counters
+from kv_transfer.courier import Courier, SenderOptions, Workplace
+from kv_transfer.outgoing import Command, Opened, OutgoingTransfer, TransferOrder, TransferOutcome
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.wake import Waker
+
+_TICK_MS = 100  # resolution of deadlines
+
+
+class Sender:
+    """Starts its thread in the constructor; `close` fails what is open and ends it."""
+
+    def __init__(
+        self,
+        incarnation: str,
+        memory: PoolMemory,
+        ledger: Ledger,
+        *,
+        options: SenderOptions | None = None,
+        clock: Clock | None = None,
+    ):
+        self._memory = memory
+        self._counts = Counters()
+        options = options or SenderOptions()
+        self._max_transfers = options.max_transfers
+        self._place = Workplace(
+            bytes.fromhex(incarnation), memory, ledger, clock or SystemClock(), self._counts, options
+        )
+        self._commands: deque[Command] = deque()  # bounded by max_transfers and the pieces of a transfer
+        self._lock = threading.Lock()
+        self._num_open = 0
+        self._stopping = False
+        self._waker = Waker()
+        self._thread = threading.Thread(target=self._run, name="kv-sender", daemon=True)
+        self._thread.start()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._counts.read()
+
+    def open(
+        self,
+        target: TransferTarget,
+        block_table: Sequence[int],
+        on_done: Callable[[TransferOutcome], None],
+        *,
+        request_id: str = "",
+    ) -> OutgoingTransfer:
+        """on_done follows exactly once, from the sender's thread. Any thread.
+
+        Raises LayoutMismatch, Overloaded, or ValueError for a malformed target; then on_done is not called.
+        """
+        layout = self._memory.layout
+        if target.layout_fingerprint != layout.fingerprint:
+            raise LayoutMismatch(f"target layout {target.layout_fingerprint[:32]}, this worker {layout.fingerprint}")
+        if any(len(bytes.fromhex(name)) != 16 for name in (target.transfer_id, target.receiver_incarnation)):
+            raise ValueError("transfer id and receiver incarnation are 32 hex digits")
+        self._memory.check_table(block_table)
+
+        def done(outcome: TransferOutcome) -> None:
+            with self._lock:
+                self._num_open -= 1
+            on_done(outcome)
+
+        order = TransferOrder(target, tuple(block_table), done, request_id)
+        transfer = OutgoingTransfer(order, layout, self._post)
+        with self._lock:
+            if self._stopping or self._num_open >= self._max_transfers:
+                raise Overloaded("no more transfers can be opened", retry_after_s=1.0)
+            self._num_open += 1
+            self._commands.append(Opened(transfer))
+        self._waker.wake()
+        return transfer
+
+    def close(self) -> None:
+        """Open transfers fail with `sender_closed`; returns when the thread is gone."""
+        with self._lock:
+            if self._stopping:
+                return
+            self._stopping = True
+        self._waker.wake()
+        self._thread.join()
+        self._waker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _post(self, command: Command) -> None:
+        self._commands.append(command)
+        self._waker.wake()
+
+    def _run(self) -> None:
+        courier = Courier(self._place, self._waker.fd)
+        more = False
+        while not self._stopping:
+            courier.wait(0 if more else _TICK_MS)
+            self._waker.clear()
+            try:
+                self._handle_commands(courier)
+                more = courier.turn()
+                courier.check_deadlines()
+            except Exception as error:  # noqa: BLE001 - the thread's root: what is open fails, what comes is served
+                self._place.ledger.record("transfer.error", cause=repr(error))
+                courier.fail_all(f"internal error ({type(error).__name__})")
+        self._handle_commands(courier)  # what was opened before the stop still gets its on_done
+        courier.close()
+
+    def _handle_commands(self, courier: Courier) -> None:
+        while self._commands:
+            courier.handle(self._commands.popleft())

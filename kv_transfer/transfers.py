@@ -1,0 +1,260 @@
+"""The receiving side of transfers as a pure state machine: what may be written, what is missing, what came too late.
+
+It never touches memory or sockets and is not thread-safe: `receiver.Receiver` owns it and calls it under its lock.
+A frame passes `check` before its checksum is computed, and `filled` after its rows were written: only verified frames
+change state.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from isthmus.errors import Overloaded, StaleOwner
+from isthmus.kv_layout import KvLayout
+from isthmus.types import Extent
+from kv_transfer.coverage import Coverage, Interval, normalised
+from kv_transfer.frames import FrameHeader, FrameKind, Refusal
+from kv_transfer.handoff import HandoffState, is_allowed
+from kv_transfer.messages import Commit
+
+if TYPE_CHECKING:
+    from isthmus.clock import Clock
+
+TOMBSTONE_S = 5.0  # beyond the fill deadline
+UNRESERVED_FILL_S = 60.0  # fill time assumed for an id that is cancelled before it is reserved
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    transfer_id: str  # 32 hex digits
+    attempt: int
+    request_id: str
+    block_table: tuple[int, ...]  # of the whole prompt, cached prefix included
+    missing: tuple[Extent, ...]  # what must come; nothing else may be written
+    deadline: float  # Clock.now() at which the fill has failed
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    num_bytes: int = 0  # rows written
+    num_frames: int = 0  # fill frames that brought something new
+    first_frame_at: float | None = None  # Clock.now()
+    claimed_at: float | None = None
+
+
+@dataclass(slots=True)
+class IncomingTransfer:
+    """One reservation and what has come of it; owned by IncomingTransfers."""
+
+    reservation: Reservation
+    attempt: int
+    coverage: Coverage
+    expected: tuple[Extent, ...]  # what this attempt must bring, normalised
+    state: HandoffState = HandoffState.RESERVED
+    sender: bytes | None = None  # incarnation, known from the first verified frame of the attempt
+    commit: Commit | None = None
+    stats: TransferStats = field(default_factory=TransferStats)
+
+    @property
+    def transfer_id(self) -> str:
+        return self.reservation.transfer_id
+
+    @property
+    def request_id(self) -> str:
+        return self.reservation.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    transfer: IncomingTransfer
+    previous: HandoffState | None  # None: just reserved
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """The frame may be acted on; `gaps` are the positions to write, none for a duplicate."""
+
+    transfer: IncomingTransfer
+    gaps: tuple[Interval, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    refusal: Refusal
+
+
+class IncomingTransfers:
+    """Live transfers and tombstones, both bounded. `on_change` hears every state change, in order."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        clock: "Clock",
+        *,
+        on_change: Callable[[StateChange], None],
+        max_transfers: int = 1024,
+        max_tombstones: int = 8192,
+    ):
+        self._layout = layout
+        self._clock = clock
+        self._on_change = on_change
+        self._max_transfers = max_transfers
+        self._max_tombstones = max_tombstones
+        self._transfers: dict[str, IncomingTransfer] = {}
+        self._tombstones: OrderedDict[str, float] = (
+            OrderedDict()
+        )  # transfer id -> Clock.now() at which it may be forgotten
+
+    def __len__(self) -> int:
+        return len(self._transfers)
+
+    def find(self, transfer_id: str) -> IncomingTransfer | None:
+        return self._transfers.get(transfer_id)
+
+    def reserve(self, reservation: Reservation) -> None:
+        """Raises StaleOwner for an id that is live or has ended, Overloaded at the bound, ValueError for bad extents."""
+        transfer_id = reservation.transfer_id
+        if transfer_id in self._transfers or transfer_id in self._tombstones:
+            raise StaleOwner(f"transfer {transfer_id} was reserved or cancelled before")
+        if len(self._transfers) >= self._max_transfers:
+            raise Overloaded(f"{self._max_transfers} transfers are open")
+        self._check_extents(reservation)
+        coverage = Coverage(reservation.missing)
+        transfer = IncomingTransfer(reservation, reservation.attempt, coverage, coverage.missing())
+        self._transfers[transfer_id] = transfer
+        self._on_change(StateChange(transfer, None))
+
+    def check(self, header: FrameHeader) -> Accept | Refuse:
+        """Everything about a FILL, COMMIT or ABORT frame that can be known before its checksum. Changes nothing."""
+        transfer = self._transfers.get(header.transfer_id)
+        if transfer is None:
+            return Refuse(Refusal.LATE if header.transfer_id in self._tombstones else Refusal.UNKNOWN_TRANSFER)
+        if header.attempt != transfer.attempt:
+            return Refuse(Refusal.OLD_ATTEMPT if header.attempt < transfer.attempt else Refusal.FUTURE_ATTEMPT)
+        if transfer.sender is not None and header.sender != transfer.sender:
+            return Refuse(Refusal.WRONG_SENDER)
+        if header.kind is not FrameKind.FILL:
+            return Accept(transfer)
+        return self._check_range(transfer, header)
+
+    def filled(self, header: FrameHeader) -> Accept | Refuse:
+        """The frame's gaps were written. The transfer may have been cancelled since `check`: then nothing changes."""
+        verdict = self.check(header)
+        if isinstance(verdict, Refuse) or not verdict.gaps:
+            return verdict
+        transfer = verdict.transfer
+        row_bytes = self._layout.planes[header.plane].row_bytes
+        self._begin_filling(transfer, header)
+        stats = transfer.stats
+        num_bytes = sum(end - first for first, end in verdict.gaps) * row_bytes
+        transfer.stats = replace(stats, num_bytes=stats.num_bytes + num_bytes, num_frames=stats.num_frames + 1)
+        transfer.coverage.cover(header.plane, header.layer, (header.first_token, header.end_token))
+        self._claim_if_complete(transfer)
+        return verdict
+
+    def committed(self, header: FrameHeader, commit: Commit) -> Accept | Refuse:
+        """The commit came; it waits for the rows. A second one changes nothing."""
+        verdict = self.check(header)
+        if isinstance(verdict, Refuse):
+            return verdict
+        transfer = verdict.transfer
+        if normalised(commit.extents) != transfer.expected:
+            return Refuse(Refusal.WRONG_EXTENTS)
+        if transfer.commit is None:
+            self._begin_filling(transfer, header)
+            transfer.commit = commit
+            self._claim_if_complete(transfer)
+        return verdict
+
+    def abort(self, transfer_id: str, cause: str) -> IncomingTransfer | None:
+        """Ends an unclaimed transfer. An id never seen gets a tombstone; a claimed one is left alone."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            self._bury(transfer_id, self._clock.now() + UNRESERVED_FILL_S)
+            return None
+        if transfer.state is HandoffState.CLAIMED:
+            return None
+        self._end(transfer, HandoffState.ABORTED, cause)
+        return transfer
+
+    def release(self, transfer_id: str) -> IncomingTransfer | None:
+        """The claimed transfer's request ended and its blocks go back. None if it is not claimed."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is not HandoffState.CLAIMED:
+            return None
+        self._end(transfer, HandoffState.RELEASED, "")
+        return transfer
+
+    def rearm(self, transfer_id: str, attempt: int, deadline: float) -> tuple[Extent, ...]:
+        """Fences the writers so far; returns what a new one must bring. Raises StaleOwner if nothing may fill it."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is HandoffState.CLAIMED:
+            raise StaleOwner(f"transfer {transfer_id} is not being filled")
+        if attempt <= transfer.attempt:
+            raise StaleOwner(f"attempt {attempt} is not above {transfer.attempt}")
+        previous = transfer.state
+        transfer.reservation = replace(transfer.reservation, deadline=deadline)
+        transfer.attempt, transfer.sender, transfer.commit = attempt, None, None
+        transfer.expected = transfer.coverage.missing()
+        self._on_change(StateChange(transfer, previous, "rearmed"))
+        return transfer.expected
+
+    def expire(self) -> list[IncomingTransfer]:
+        """Aborts what missed its fill deadline and returns it; forgets old tombstones."""
+        now = self._clock.now()
+        failed = [
+            t for t in self._transfers.values() if t.state is not HandoffState.CLAIMED and t.reservation.deadline <= now
+        ]
+        for transfer in failed:
+            self._end(transfer, HandoffState.ABORTED, "fill_deadline")
+        for transfer_id in [buried for buried, until in self._tombstones.items() if until <= now]:
+            del self._tombstones[transfer_id]
+        return failed
+
+    def _check_range(self, transfer: IncomingTransfer, header: FrameHeader) -> Accept | Refuse:
+        interval = (header.first_token, header.end_token)
+        if not transfer.coverage.grants(header.plane, header.layer, interval):
+            return Refuse(Refusal.OUT_OF_RANGE)
+        if header.body_bytes != header.num_tokens * self._layout.planes[header.plane].row_bytes:
+            return Refuse(Refusal.BAD_BODY)
+        return Accept(transfer, tuple(transfer.coverage.gaps(header.plane, header.layer, interval)))
+
+    def _check_extents(self, reservation: Reservation) -> None:
+        capacity = len(reservation.block_table) * self._layout.block_size
+        for extent in reservation.missing:
+            if not 0 <= extent.plane < len(self._layout.planes):
+                raise ValueError(f"{extent}: the layout has {len(self._layout.planes)} planes")
+            if not 0 <= extent.layer < self._layout.planes[extent.plane].num_layers:
+                raise ValueError(f"{extent}: the plane has {self._layout.planes[extent.plane].num_layers} layers")
+            if not 0 <= extent.first_token < extent.end <= capacity:
+                raise ValueError(f"{extent}: the block table holds {capacity} tokens")
+
+    def _begin_filling(self, transfer: IncomingTransfer, header: FrameHeader) -> None:
+        transfer.sender = header.sender
+        if transfer.state is HandoffState.RESERVED:
+            transfer.stats = replace(transfer.stats, first_frame_at=self._clock.now())
+            self._move(transfer, HandoffState.FILLING, "")
+
+    def _claim_if_complete(self, transfer: IncomingTransfer) -> None:
+        if transfer.coverage.is_complete and transfer.commit is not None:
+            transfer.stats = replace(transfer.stats, claimed_at=self._clock.now())
+            self._move(transfer, HandoffState.CLAIMED, "")
+
+    def _end(self, transfer: IncomingTransfer, state: HandoffState, cause: str) -> None:
+        del self._transfers[transfer.transfer_id]
+        self._bury(transfer.transfer_id, max(transfer.reservation.deadline, self._clock.now()))
+        self._move(transfer, state, cause)
+
+    def _move(self, transfer: IncomingTransfer, state: HandoffState, cause: str) -> None:
+        previous = transfer.state
+        assert is_allowed(previous, state), f"{previous.value} cannot become {state.value}"
+        transfer.state = state
+        self._on_change(StateChange(transfer, previous, cause))
+
+    def _bury(self, transfer_id: str, deadline: float) -> None:
+        """Late frames of the id are known as such until TOMBSTONE_S after the deadline; at the bound the oldest go."""
+        self._tombstones.setdefault(transfer_id, deadline + TOMBSTONE_S)
+        while len(self._tombstones) > self._max_tombstones:
+            self._tombstones.popitem(last=False)

@@ -1,0 +1,10 @@
+"""`python -m router`: one router."""
+
+import sys
+
+from isthmus.config import RouterConfig
+from isthmus.serving import run_service
+from kv_transfer.ownership_redis import RedisOwnership
+from router.app import Router
+
+sys.exit(run_service(RouterConfig, lambda config: Router(config, RedisOwnership).run()))

@@ -1,0 +1,125 @@
+"""A router put together: model facts, registry view, sessions, admission, and what it shows of itself."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from isthmus.admin import Identity, ServiceHooks
+from isthmus.checkpoint import Checkpoint
+from isthmus.clock import SystemClock
+from isthmus.config import RouterConfig
+from isthmus.health import HealthState
+from isthmus.ids import new_incarnation
+from isthmus.ledger import Ledger
+from isthmus.metrics import Metrics
+from isthmus.rpc import PUBLIC_RECEIVE_BYTES, channel
+from isthmus.serving import Face, GrpcService, Stop, serve_until_signal
+from isthmus.tokenizer import Tokenizer
+from isthmus.v1 import admin_pb2
+from kv_transfer.ownership import OpenStore, OwnershipStore, connected
+from router.admission import Admission
+from router.affinity import PrefixAffinity
+from router.dispatch import Dispatch, DispatchLimits
+from router.placement import Placement
+from router.server import SERVICE, Backend, InferenceServer, ServerLimits
+from router.text import TextWorkers
+from router.validate import ModelFacts
+from router.worker_pool import WorkerPool
+
+
+class Router:
+    """The process's composition root; runs once."""
+
+    def __init__(self, config: RouterConfig, open_store: OpenStore):
+        self._config = config
+        self._open_store = open_store
+        self._identity = Identity(config.name, "router", new_incarnation())
+        self._health = HealthState()
+        self._ledger = Ledger()
+        self._metrics = Metrics()
+        self._clock = SystemClock()
+        self._admission = Admission(config.max_streams, config.max_queue)
+        limits = ServerLimits(config.max_prompt_bytes, config.default_timeout_s, config.max_timeout_s)
+        self._server = InferenceServer(limits)
+        self._pool: WorkerPool | None = None
+
+    async def run(self) -> None:
+        """Returns after a drain; raises CannotStart when a setting is in the way."""
+        hooks = ServiceHooks(self._status, self._server.drain, self._ledger, self._metrics)
+        services = [GrpcService(SERVICE, self._server.register)]
+        face = Face(self._config, self._identity, self._health, hooks, services, PUBLIC_RECEIVE_BYTES)
+        await serve_until_signal(face, self._work)
+
+    @contextlib.asynccontextmanager
+    async def _work(self, stop: Stop) -> AsyncIterator[None]:
+        """Opens everything in the order of need; the stack closes it in reverse. Serves with or without workers."""
+        async with contextlib.AsyncExitStack() as stack:
+            store = await stack.enter_async_context(connected(self._open_store, self._config))
+            checkpoint, tokenizer = await asyncio.to_thread(_open_model, self._config.model)
+            model = self._model_facts(checkpoint)
+            text = stack.enter_context(
+                TextWorkers(tokenizer, max_prompt_bytes=self._config.max_prompt_bytes, max_tokens=model.context_length)
+            )
+            pool = self._pool = self._open_pool(store, model.digest)
+            await stack.enter_async_context(_watching(pool, stop))
+            self._server.backend = Backend(
+                self._open_dispatch(pool), model, tokenizer, text=text, metrics=self._metrics, clock=self._clock
+            )
+            self._health.ready()
+            yield
+
+    def _open_pool(self, store: OwnershipStore, model_digest: str) -> WorkerPool:
+        return WorkerPool(
+            store,
+            incarnation=self._identity.incarnation,
+            model_digest=model_digest,
+            connect=channel,
+            clock=self._clock,
+            ledger=self._ledger,
+        )
+
+    def _open_dispatch(self, pool: WorkerPool) -> Dispatch:
+        placement = Placement(pool, self._admission, PrefixAffinity(), self._clock)
+        limits = DispatchLimits(self._config.queue_timeout_s)
+        return Dispatch(placement, self._admission, limits, clock=self._clock, ledger=self._ledger)
+
+    def _model_facts(self, checkpoint: Checkpoint) -> ModelFacts:
+        return ModelFacts(
+            model_id=Path(self._config.model).name,
+            architecture=checkpoint.config.model_type,
+            digest=checkpoint.digest,
+            vocab_size=checkpoint.config.vocab_size,
+            context_length=checkpoint.config.context_length,
+            eos_token_ids=checkpoint.eos_token_ids,
+        )
+
+    def _status(self) -> admin_pb2.GetStatusResponse:
+        return admin_pb2.GetStatusResponse(
+            model=self._config.model,
+            num_streams=self._server.num_streams,
+            num_queued=self._admission.num_queued,
+            workers=self._pool.status() if self._pool else [],
+        )
+
+
+def _open_model(model: str) -> tuple[Checkpoint, Tokenizer]:
+    checkpoint = Checkpoint.open(model)
+    return checkpoint, Tokenizer.open(checkpoint.path)
+
+
+@contextlib.asynccontextmanager
+async def _watching(pool: WorkerPool, stop: Stop) -> AsyncIterator[None]:
+    """The pool's own task; should it fail, the process ends rather than serve from an old view."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            stop.request(error)
+
+    watching = asyncio.create_task(pool.run(), name="worker-pool")
+    watching.add_done_callback(ended)
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait({watching})

@@ -1,0 +1,46 @@
+"""Two token sources, one stream: prefill sends token 0, decode sends them all; the router alone delivers. Pure."""
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from isthmus.errors import DataLoss
+
+TokenT = TypeVar("TokenT")
+
+
+class TokenMerge(Generic[TokenT]):
+    """Delivers each index once, in order, from whichever copy comes first.
+
+    A later copy must equal the delivered one (generation is a pure function): a differing copy, or an index beyond
+    `max_tokens`, raises DataLoss. Copies of a second attempt go through the same merge, so a retry repeats nothing.
+    """
+
+    def __init__(self, max_tokens: int):
+        self._max_tokens = max_tokens
+        self._delivered: list[TokenT] = []
+        self._ahead: dict[int, TokenT] = {}  # came before a lower index did; at most max_tokens
+
+    def add(self, index: int, tokens: Sequence[TokenT]) -> list[TokenT]:
+        """Takes tokens [index, index + len(tokens)) of one source; returns those that may be delivered now."""
+        if index + len(tokens) > self._max_tokens:
+            raise DataLoss(
+                f"token index {index + len(tokens) - 1} is beyond the {self._max_tokens} the request may have"
+            )
+        for position, token in enumerate(tokens, start=index):
+            self._check_copy(position, token)
+            if position >= len(self._delivered):
+                self._ahead[position] = token
+        fresh: list[TokenT] = []
+        while (token := self._ahead.pop(len(self._delivered), None)) is not None:
+            self._delivered.append(token)
+            fresh.append(token)
+        return fresh
+
+    def __len__(self) -> int:
+        """Tokens delivered: the next index."""
+        return len(self._delivered)
+
+    def _check_copy(self, index: int, token: TokenT) -> None:
+        known = self._delivered[index] if index < len(self._delivered) else self._ahead.get(index)
+        if known is not None and known != token:
+            raise DataLoss(f"two copies of token {index} differ")

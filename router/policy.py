@@ -1,0 +1,90 @@
+"""Where a request goes: pure scoring over what the pool knows. No I/O, no clock, no state."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import TypeVar
+
+NO_NEW_WORK_S = 1.0  # without progress for this long: gets nothing new
+LOST_S = 3.0  # without progress for this long: its requests go elsewhere
+# Twice a prefill worker's default tile budget: it stays busy, and what waits, waits here, where order still changes.
+MAX_TOKENS_AHEAD = 512
+
+
+@dataclass(frozen=True, slots=True)
+class NumericsClass:
+    """Workers of one class compute the same bits from the same cache layout; a stream never leaves its class."""
+
+    model_digest: str
+    layout_fingerprint: str
+    numerics_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeView:
+    """A decode worker that takes new work."""
+
+    incarnation: str
+    numerics: NumericsClass
+    block_size: int
+    total_blocks: int
+    reported_free_blocks: int  # up to a heartbeat old; other routers' reservations included
+    reserved_blocks: int  # this router's reservations now
+
+    def num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    @property
+    def free_blocks(self) -> int:
+        """A careful guess between reports: what was reported, less if this router alone has taken more since."""
+        return min(self.reported_free_blocks, self.total_blocks - self.reserved_blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillView:
+    """A prefill worker that takes new work."""
+
+    incarnation: str
+    numerics: NumericsClass
+    num_tokens_ahead: int  # this router's prompts, not yet computed
+    num_queued: int  # as it reported; other routers' included
+    num_prefix_tokens: int = 0  # of this request's prompt, computed there before as far as this router remembers
+
+
+def choose_class(decode: Sequence[DecodeView], prefill: Sequence[PrefillView]) -> NumericsClass | None:
+    """For a new request: the class that has both roles and the most free blocks; None when there is none."""
+    free: defaultdict[NumericsClass, int] = defaultdict(int)
+    for view in decode:
+        free[view.numerics] += view.free_blocks
+    complete = free.keys() & {view.numerics for view in prefill}
+    return max(complete, key=lambda numerics: (free[numerics], numerics.numerics_digest), default=None)
+
+
+def rank_decode(views: Sequence[DecodeView], num_tokens: int, *, avoid: AbstractSet[str] = frozenset()) -> list[str]:
+    """Incarnations to ask for `num_tokens` of cache: most room first, then those that seem full, then avoided ones.
+
+    A worker that could not hold the request even when empty is left out.
+    """
+    able = [view for view in views if view.num_blocks(num_tokens) <= view.total_blocks]
+    able.sort(key=lambda view: (view.incarnation in avoid, -view.free_blocks, view.incarnation))
+    return [view.incarnation for view in able]
+
+
+def choose_prefill(views: Sequence[PrefillView], *, avoid: AbstractSet[str] = frozenset()) -> str | None:
+    """The worker through first, a remembered prefix counted as work saved; None: all have enough ahead."""
+    candidates = _others_first([view for view in views if view.num_tokens_ahead < MAX_TOKENS_AHEAD], avoid)
+    best = min(
+        candidates,
+        key=lambda view: (view.num_tokens_ahead - view.num_prefix_tokens, view.num_queued, view.incarnation),
+        default=None,
+    )
+    return best.incarnation if best else None
+
+
+ViewT = TypeVar("ViewT", DecodeView, PrefillView)
+
+
+def _others_first(views: list[ViewT], avoid: AbstractSet[str]) -> list[ViewT]:
+    """Views not in `avoid`, or all of them when nothing else is left."""
+    return [view for view in views if view.incarnation not in avoid] or views

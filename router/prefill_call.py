@@ -1,0 +1,63 @@
+"""The Prefill call of one attempt: messages become events; leaving the block drops the call, which cancels the work."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc.aio
+
+from isthmus.errors import RequestCancelled, WorkerLost
+from isthmus.log import get_logger
+from isthmus.rpc_errors import error_from_rpc
+from isthmus.v1 import prefill_pb2
+from router.inbox import FirstToken, Inbox, PrefillDone, PrefillFailed
+from router.placement import PrefillPlace
+
+CANCEL_WAIT_S = 1.0
+_log = get_logger("router.prefill")
+
+
+@asynccontextmanager
+async def prefilling(
+    place: PrefillPlace, request: prefill_pb2.PrefillRequest, inbox: Inbox, *, timeout_s: float
+) -> AsyncIterator[None]:
+    """Events arrive in `inbox` while the block runs: one FirstToken, then PrefillDone; or PrefillFailed."""
+    worker = place.worker
+    worker.calls.add(inbox)  # so that a hung worker's requests are told
+    task = asyncio.create_task(_read(place, request, inbox, timeout_s), name="prefill-call")
+    try:
+        yield
+    finally:
+        worker.calls.discard(inbox)
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_WAIT_S)
+
+
+async def _read(place: PrefillPlace, request: prefill_pb2.PrefillRequest, inbox: Inbox, timeout_s: float) -> None:
+    """Never raises but by cancellation: the request's task learns everything from its inbox."""
+    try:
+        call = place.worker.stub.Prefill(request, timeout=timeout_s)
+        num_computed, is_done = 0, False
+        async for response in call:
+            match response.WhichOneof("event"):
+                case "progress":
+                    place.computed(response.progress.num_computed_tokens - num_computed)
+                    num_computed = response.progress.num_computed_tokens
+                case "first_token":
+                    place.computed(place.num_tokens_ahead)
+                    inbox.put(FirstToken(response.first_token))
+                case "done":
+                    is_done = True
+                    inbox.put(PrefillDone(response.done))
+                case _:
+                    pass  # queued, or news of a later version
+        if not is_done:
+            inbox.put(PrefillFailed(WorkerLost("the prefill worker ended the call early")))
+    except grpc.aio.AioRpcError as rpc_error:
+        error = error_from_rpc(rpc_error)
+        # Cancelled by the worker's side, not by the client: the client asked for nothing of the kind.
+        dropped = isinstance(error, RequestCancelled)
+        inbox.put(PrefillFailed(WorkerLost("the prefill worker dropped the call") if dropped else error))
+    except Exception as error:  # noqa: BLE001 - the task's root
+        _log.exception("prefill.failed", error, request_id=request.request.request_id)
+        inbox.put(PrefillFailed(WorkerLost("the prefill worker's answer could not be read")))

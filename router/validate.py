@@ -1,0 +1,199 @@
+"""What a request may ask, checked once: every refusal names its field, what was given and what is allowed. Pure."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from isthmus.errors import FieldViolation, InvalidRequest, ModelNotFound, NotYet
+from isthmus.types import SamplingParams
+from isthmus.v1 import inference_pb2, types_pb2
+from router.wire_scan import MAX_LOGIT_BIAS, MAX_STOP, check_wire
+
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0  # below it logits overflow fp32 long before the result differs from 0
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 10.0
+MAX_PRIORITY = 100
+MAX_RETENTION_S = 120
+MAX_CLIENT_ID_CHARACTERS = 256
+MAX_TENANT_CHARACTERS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The served model, as requests see it."""
+
+    model_id: str
+    architecture: str
+    digest: str
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+
+
+def parse_request(raw: bytes, max_prompt_bytes: int) -> inference_pb2.GenerateRequest:
+    """Bounded before it is parsed. Raises InvalidRequest."""
+    check_wire(raw, max_prompt_bytes)
+    try:
+        return inference_pb2.GenerateRequest.FromString(raw)
+    except DecodeError as error:
+        allowed = "a serialised isthmus.v1.GenerateRequest, its strings in UTF-8"
+        raise InvalidRequest.of("request", "bytes that cannot be read", allowed) from error
+
+
+def check_request(message: inference_pb2.GenerateRequest, model: ModelFacts) -> None:
+    """Everything that can be said before the prompt is tokenised."""
+    check_model(message.model, model)
+    _check_served(message)
+    _check_identity(message)
+    match message.WhichOneof("input"):
+        case "prompt":
+            _refuse_unless(bool(message.prompt), "prompt", "", "a prompt that is not empty")
+        case "token_ids":
+            check_token_ids("token_ids", message.token_ids.ids, model.vocab_size)
+        case "chat":
+            check_chat(message.chat)
+        case _:
+            raise InvalidRequest.of("input", None, "one of prompt, token_ids, chat")
+    _check_choice(message.sampling)
+    _check_penalties(message.sampling)
+    _check_ends(message.sampling, model.vocab_size)
+
+
+def check_model(name: str, model: ModelFacts) -> None:
+    """By id or by digest; empty is the only model served."""
+    if name not in ("", model.model_id, model.digest):
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        raise ModelNotFound(f"model {shown!r} is not served here; served: {model.model_id}")
+
+
+def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int, *, may_be_empty: bool = False) -> None:
+    _refuse_unless(may_be_empty or len(token_ids) > 0, field, [], "at least one token id")
+    wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+    _refuse_unless(wrong is None, field, wrong, f"ids from 0 to {vocab_size - 1}")
+
+
+def check_chat(chat: inference_pb2.Chat) -> None:
+    """Roles and their order are the chat template's to judge."""
+    _refuse_unless(len(chat.messages) > 0, "chat.messages", [], "at least one message")
+    empty = next((i for i, message in enumerate(chat.messages) if not message.content), None)
+    _refuse_unless(empty is None, f"chat.messages[{empty}].content", "", "content that is not empty")
+
+
+def complete_sampling(params: types_pb2.SamplingParams, num_prompt_tokens: int, model: ModelFacts) -> SamplingParams:
+    """Defaults filled in, lengths checked against the context; `top_k` beyond the vocabulary is off."""
+    room = model.context_length - num_prompt_tokens
+    if room < 1:
+        allowed = (
+            f"at most {model.context_length - 1}: the context of {model.context_length} less one token to generate"
+        )
+        raise InvalidRequest.of("prompt", f"{num_prompt_tokens} tokens", allowed)
+    max_tokens = params.max_tokens if params.HasField("max_tokens") else room
+    if max_tokens > room:
+        allowed = f"at most {room}: the context of {model.context_length} less {num_prompt_tokens} prompt tokens"
+        raise InvalidRequest.of("sampling.max_tokens", max_tokens, allowed)
+    if params.min_tokens > max_tokens:
+        raise InvalidRequest.of("sampling.min_tokens", params.min_tokens, f"at most max_tokens, {max_tokens}")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=params.min_tokens,
+        temperature=params.temperature if params.HasField("temperature") else 1.0,
+        top_p=params.top_p if params.HasField("top_p") else 1.0,
+        top_k=params.top_k if 0 < params.top_k < model.vocab_size else 0,
+        min_p=params.min_p,
+        stop=tuple(params.stop),
+        stop_token_ids=tuple(params.stop_token_ids),
+        include_stop=params.include_stop,
+        ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs if params.HasField("logprobs") else None,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty if params.HasField("repetition_penalty") else 1.0,
+        logit_bias=tuple(sorted(params.logit_bias.items())),
+    )
+
+
+def _check_served(message: inference_pb2.GenerateRequest) -> None:
+    """Fields of the protocol that this version does not follow are refused, never ignored."""
+    if message.on_disconnect not in types_pb2.OnDisconnect.values():
+        raise InvalidRequest.of("on_disconnect", message.on_disconnect, "ABORT or RETAIN")
+    for is_asked, field, given in (
+        (message.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN, "on_disconnect", "RETAIN"),
+        (len(message.emitted_token_ids) > 0, "emitted_token_ids", f"{len(message.emitted_token_ids)} tokens"),
+    ):
+        if is_asked:
+            violation = FieldViolation(field, f"given {given}; not served yet: leave it out")
+            raise NotYet(f"{field}: {violation.description}", violations=(violation,))
+
+
+def _check_identity(message: inference_pb2.GenerateRequest) -> None:
+    _check_text("client_request_id", message.client_request_id, MAX_CLIENT_ID_CHARACTERS)
+    _check_text("tenant", message.tenant, MAX_TENANT_CHARACTERS)
+    _check_range("priority", message.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    _check_range("retention_s", message.retention_s, 0, MAX_RETENTION_S)
+
+
+def _check_choice(params: types_pb2.SamplingParams) -> None:
+    """How the next token is chosen."""
+    if params.temperature != 0:
+        allowed = f"0, or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+        # fp32 on the wire: the least temperature itself is a little below its decimal value
+        is_allowed = MIN_TEMPERATURE * (1 - 1e-6) <= params.temperature <= MAX_TEMPERATURE
+        _refuse_unless(is_allowed, "sampling.temperature", params.temperature, allowed)
+    if params.HasField("top_p"):
+        _refuse_unless(0 < params.top_p <= 1, "sampling.top_p", params.top_p, "above 0, at most 1")
+    _refuse_unless(0 <= params.min_p < 1, "sampling.min_p", params.min_p, "0 or more, below 1")
+    _refuse_unless(params.top_k >= -1, "sampling.top_k", params.top_k, "-1 or 0 (off), or at least 1")
+    if params.HasField("logprobs"):
+        _check_range("sampling.logprobs", params.logprobs, 0, MAX_LOGPROBS)
+
+
+def _check_penalties(params: types_pb2.SamplingParams) -> None:
+    _check_range("sampling.presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_range("sampling.frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    if params.HasField("repetition_penalty"):
+        value = params.repetition_penalty
+        is_allowed = 0 < value <= MAX_REPETITION_PENALTY
+        allowed = f"above 0, at most {MAX_REPETITION_PENALTY:g}"
+        _refuse_unless(is_allowed, "sampling.repetition_penalty", value, allowed)
+
+
+def _check_ends(params: types_pb2.SamplingParams, vocab_size: int) -> None:
+    """Lengths, stops and biases."""
+    if params.HasField("max_tokens"):
+        _refuse_unless(params.max_tokens >= 1, "sampling.max_tokens", params.max_tokens, "at least 1")
+    _refuse_unless(params.min_tokens >= 0, "sampling.min_tokens", params.min_tokens, "0 or more")
+    _check_entries("sampling.stop", len(params.stop), MAX_STOP)
+    for i, text in enumerate(params.stop):
+        is_allowed = 1 <= len(text) <= MAX_STOP_CHARACTERS
+        _refuse_unless(is_allowed, f"sampling.stop[{i}]", text, f"1 to {MAX_STOP_CHARACTERS} characters")
+    _check_entries("sampling.stop_token_ids", len(params.stop_token_ids), MAX_STOP_TOKEN_IDS)
+    check_token_ids("sampling.stop_token_ids", params.stop_token_ids, vocab_size, may_be_empty=True)
+    _check_entries("sampling.logit_bias", len(params.logit_bias), MAX_LOGIT_BIAS)
+    check_token_ids("sampling.logit_bias", list(params.logit_bias), vocab_size, may_be_empty=True)
+    for token_id, bias in params.logit_bias.items():
+        _check_range(f"sampling.logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
+
+
+def _check_text(field: str, text: str, max_characters: int) -> None:
+    """Ids are echoed and logged: no line breaks, no control characters."""
+    allowed = f"at most {max_characters} printable characters"
+    _refuse_unless(len(text) <= max_characters and text.isprintable(), field, text, allowed)
+
+
+def _check_entries(field: str, num_entries: int, most: int) -> None:
+    _refuse_unless(num_entries <= most, field, f"{num_entries} entries", f"at most {most} entries")
+
+
+def _check_range(field: str, value: float, least: float, most: float) -> None:
+    _refuse_unless(math.isfinite(value) and least <= value <= most, field, value, f"{least:g} to {most:g}")
+
+
+def _refuse_unless(is_allowed: bool, field: str, given: object, allowed: str) -> None:  # noqa: FBT001 - reads as a sentence
+    if not is_allowed:
+        raise InvalidRequest.of(field, given, allowed)

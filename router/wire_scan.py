@@ -1,0 +1,94 @@
+"""Bounds on a request's raw bytes before protobuf builds objects of them: parsing holds the event loop.
+
+Also the only place where two inputs can be told from one: a parsed oneof keeps the last.
+"""
+
+from collections.abc import Iterator
+
+from isthmus.errors import InvalidRequest
+
+MAX_FIELDS = 64  # top-level occurrences; a proper request has at most eleven
+MAX_STOP = 16
+MAX_LOGIT_BIAS = 1024
+MAX_MESSAGES = 1024
+_MAX_SAMPLING_BYTES = 64 << 10
+_INPUTS = {3: "prompt", 4: "token_ids", 5: "chat"}  # field numbers of GenerateRequest's oneof
+_SAMPLING, _CHAT = 6, 5
+# Fields of SamplingParams that repeat: number -> name, most entries. Packed numbers are bounded by bytes instead.
+_REPEATED = {8: ("sampling.stop", MAX_STOP), 16: ("sampling.logit_bias", MAX_LOGIT_BIAS)}
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+
+
+def check_wire(raw: bytes, max_prompt_bytes: int) -> None:
+    """Raises InvalidRequest naming the field that is too large, given twice, or unreadable; its own work is bounded."""
+    inputs: set[int] = set()
+    num_bytes: dict[int, int] = {}
+    for count, (number, start, end) in enumerate(_fields(raw, 0, len(raw), "request"), 1):
+        if count > MAX_FIELDS:
+            raise InvalidRequest.of("request", f"more than {MAX_FIELDS} fields", "each field once")
+        inputs |= {number} & _INPUTS.keys()
+        num_bytes[number] = num_bytes.get(number, 0) + end - start
+        if number in _INPUTS and num_bytes[number] > max_prompt_bytes:
+            given, allowed = f"{num_bytes[number]} bytes", f"at most {max_prompt_bytes} bytes"
+            raise InvalidRequest.of(_INPUTS[number], given, allowed)
+        if number == _SAMPLING:
+            _check_sampling(raw, start, end)
+        elif number == _CHAT:
+            _check_count(raw, start, end, field=1, name="chat.messages", most=MAX_MESSAGES)
+    if len(inputs) > 1:
+        given = " and ".join(_INPUTS[number] for number in sorted(inputs))
+        raise InvalidRequest.of("input", given, "one of prompt, token_ids, chat")
+
+
+def _check_sampling(raw: bytes, start: int, end: int) -> None:
+    for field, (name, most) in _REPEATED.items():
+        _check_count(raw, start, end, field=field, name=name, most=most)
+    if end - start > _MAX_SAMPLING_BYTES:
+        raise InvalidRequest.of("sampling", f"{end - start} bytes", f"at most {_MAX_SAMPLING_BYTES} bytes")
+
+
+def _check_count(raw: bytes, start: int, end: int, *, field: int, name: str, most: int) -> None:
+    count = 0
+    for seen, (number, _, _) in enumerate(_fields(raw, start, end, name)):
+        count += number == field
+        if count > most or seen > 16 * MAX_LOGIT_BIAS:
+            raise InvalidRequest.of(name, f"more than {most} entries", f"at most {most} entries")
+
+
+def _fields(raw: bytes, start: int, end: int, name: str) -> Iterator[tuple[int, int, int]]:
+    """(number, start, end of the value) of each field of the message in raw[start:end]."""
+    position = start
+    while position < end:
+        tag, position = _varint(raw, position, end, name)
+        wire_type = tag & 7
+        if wire_type == _VARINT:
+            _, after = _varint(raw, position, end, name)
+        elif wire_type == _BYTES:
+            length, position = _varint(raw, position, end, name)
+            after = position + length
+        elif wire_type in (_FIXED64, _FIXED32):
+            after = position + (8 if wire_type == _FIXED64 else 4)
+        else:
+            raise _unreadable(name)
+        if after > end:
+            raise _unreadable(name)
+        yield tag >> 3, position, after
+        position = after
+
+
+def _varint(raw: bytes, position: int, end: int, name: str) -> tuple[int, int]:
+    """(value, position after it); at most ten bytes."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= end:
+            break
+        byte = raw[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise _unreadable(name)
+
+
+def _unreadable(name: str) -> InvalidRequest:
+    return InvalidRequest.of(name, "bytes that are no protobuf message", "a serialised isthmus.v1 request")

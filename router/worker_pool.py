@@ -1,0 +1,184 @@
+"""The workers: who is registered, who answers, and their calls. Redis is read beside the token path, never on it."""
+
+import asyncio
+from collections.abc import Callable
+
+import grpc.aio
+
+from isthmus.clock import Clock
+from isthmus.convert import block_counts_to_proto
+from isthmus.ledger import Ledger
+from isthmus.log import get_logger
+from isthmus.v1 import admin_pb2, decode_pb2_grpc, prefill_pb2_grpc
+from kv_transfer.ownership import OwnershipStore, StoreUnavailable, WorkerRecord
+from router.session import Session, SessionPeer
+from router.workers import DecodeWorker, PrefillWorker, is_hung, numerics_class
+
+WATCH_INTERVAL_S = 0.25
+STORE_TIMEOUT_S = 1.0
+CHANNEL_CLOSE_S = 0.5
+MAX_WORKERS = 4096
+_log = get_logger("router.pool")
+
+
+class WorkerPool:
+    """Event loop only. `run` watches the registry and owns every session; leaving it closes them all."""
+
+    def __init__(
+        self,
+        store: OwnershipStore,
+        *,
+        incarnation: str,
+        model_digest: str,
+        connect: Callable[[str], grpc.aio.Channel],
+        clock: Clock,
+        ledger: Ledger,
+    ):
+        self._store = store
+        self._incarnation = incarnation
+        self._model_digest = model_digest
+        self._connect = connect
+        self._clock = clock
+        self._ledger = ledger
+        self._changed = asyncio.Event()
+        self.decode: dict[str, DecodeWorker] = {}
+        self.prefill: dict[str, PrefillWorker] = {}
+        self.is_degraded = False  # the registry does not answer: its last view is kept
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as sessions:
+                while True:
+                    await self._refresh(sessions)
+                    await asyncio.sleep(WATCH_INTERVAL_S)
+        finally:
+            await self._close_all()
+
+    def usable_decode(self) -> list[DecodeWorker]:
+        return [worker for worker in self.decode.values() if worker.takes_work]
+
+    def usable_prefill(self) -> list[PrefillWorker]:
+        now = self._clock.now()
+        return [worker for worker in self.prefill.values() if worker.takes_work(now)]
+
+    def note_change(self) -> None:
+        """Something waiting requests may have waited for: room, a worker, a session."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Returns after a change, or after `timeout_s`: room may also come where this router cannot see it."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    def status(self) -> list[admin_pb2.WorkerStatus]:
+        """This router's view; `serving` means that it would give the worker something to do."""
+        now = self._clock.now()
+        prefill = [_status(worker.record, serving=worker.takes_work(now)) for worker in self.prefill.values()]
+        return prefill + [_status(worker.record, serving=worker.takes_work) for worker in self.decode.values()]
+
+    async def _refresh(self, sessions: asyncio.TaskGroup) -> None:
+        try:
+            async with asyncio.timeout(STORE_TIMEOUT_S):
+                records = await self._store.list_workers()
+        except (StoreUnavailable, TimeoutError) as error:  # sessions go on without it
+            if not self.is_degraded:
+                _log.warning("registry.unreachable", error=f"{type(error).__name__}: {error}")
+            self.is_degraded = True
+        else:
+            if self.is_degraded:
+                _log.info("registry.back")
+            self.is_degraded = False
+            await self._take_view(records[:MAX_WORKERS], sessions)
+        self._lose_hung()
+        self.note_change()
+
+    async def _take_view(self, records: list[WorkerRecord], sessions: asyncio.TaskGroup) -> None:
+        listed = {record.incarnation: record for record in records if record.model_digest == self._model_digest}
+        for incarnation, worker in list(self.decode.items()):
+            worker.has_lease = incarnation in listed
+            if not worker.has_lease and not worker.session.is_alive:
+                await self._drop_decode(worker)
+        for incarnation, worker in list(self.prefill.items()):
+            worker.has_lease = incarnation in listed
+            if not worker.has_lease and not worker.calls:
+                await self._drop_prefill(worker)
+        for record in listed.values():
+            if record.role == "decode":
+                self._take_decode(record, sessions)
+            elif record.role == "prefill":
+                self._take_prefill(record)
+
+    def _take_decode(self, record: WorkerRecord, sessions: asyncio.TaskGroup) -> None:
+        if known := self.decode.get(record.incarnation):
+            known.record, known.numerics = record, numerics_class(record)
+            return
+        channel = self._connect(record.grpc_address)
+        session = Session(
+            decode_pb2_grpc.DecodeServiceStub(channel),
+            SessionPeer(self._incarnation, record.incarnation, record.name),
+            clock=self._clock,
+            on_change=self.note_change,
+        )
+        task = sessions.create_task(session.run(), name=f"session {record.name}")
+        self.decode[record.incarnation] = DecodeWorker(record, numerics_class(record), session, channel, task)
+        self._ledger.record("worker.joined", cause="decode", worker=record.name, incarnation=record.incarnation)
+
+    def _take_prefill(self, record: WorkerRecord) -> None:
+        if known := self.prefill.get(record.incarnation):
+            known.record, known.numerics = record, numerics_class(record)
+            return
+        channel = self._connect(record.grpc_address)
+        self.prefill[record.incarnation] = PrefillWorker(
+            record, numerics_class(record), channel, prefill_pb2_grpc.PrefillServiceStub(channel)
+        )
+        self._ledger.record("worker.joined", cause="prefill", worker=record.name, incarnation=record.incarnation)
+
+    def _lose_hung(self) -> None:
+        """A worker whose step does not end has lost its requests, although its connection lives."""
+        for worker in [*self.decode.values(), *self.prefill.values()]:
+            if worker.has_lease and is_hung(worker.record):
+                worker.lose("the worker makes no progress")
+
+    async def _drop_decode(self, worker: DecodeWorker) -> None:
+        del self.decode[worker.record.incarnation]
+        self._ledger.record("worker.left", cause="decode", worker=worker.record.name)
+        worker.task.cancel()
+        await worker.channel.close(CHANNEL_CLOSE_S)
+
+    async def _drop_prefill(self, worker: PrefillWorker) -> None:
+        del self.prefill[worker.record.incarnation]
+        self._ledger.record("worker.left", cause="prefill", worker=worker.record.name)
+        await worker.channel.close(CHANNEL_CLOSE_S)
+
+    async def _close_all(self) -> None:
+        channels = [worker.channel for worker in [*self.decode.values(), *self.prefill.values()]]
+        self.decode.clear()
+        self.prefill.clear()
+        for channel in channels:
+            await channel.close(None)
+
+
+def _status(record: WorkerRecord, *, serving: bool) -> admin_pb2.WorkerStatus:
+    load = record.load
+    return admin_pb2.WorkerStatus(
+        name=record.name,
+        role=record.role,
+        incarnation=record.incarnation,
+        grpc_address=record.grpc_address,
+        zmq_endpoint=record.zmq_endpoint or "",
+        http_address=record.http_address,
+        serving=serving,
+        state=record.state,
+        blocks=block_counts_to_proto(load.blocks),
+        num_streams=load.num_streams,
+        num_queued=load.num_queued,
+        pid=record.pid,
+        numerics_digest=record.numerics_digest,
+        layout_fingerprint=record.layout.fingerprint,
+        seconds_since_progress=record.seconds_since_progress,
+    )

@@ -1,0 +1,93 @@
+"""One worker as the router sees it: its record, how to reach it, and what this router has given it to do."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from isthmus.errors import WorkerLost
+from isthmus.v1 import prefill_pb2_grpc
+from kv_transfer.ownership import WorkerRecord
+from router.inbox import Inbox, PrefillFailed
+from router.policy import LOST_S, NO_NEW_WORK_S, DecodeView, NumericsClass, PrefillView
+from router.session import Session
+
+SUSPECT_S = 1.0  # after a failed call
+
+
+@dataclass(eq=False, slots=True)
+class DecodeWorker:
+    """Owned by the pool; `reserved_blocks` is changed by placements."""
+
+    record: WorkerRecord
+    numerics: NumericsClass  # of the record; the fingerprint in it is a hash, so it is computed once
+    session: Session
+    channel: grpc.aio.Channel
+    task: asyncio.Task[None]
+    has_lease: bool = True
+    reserved_blocks: int = 0
+
+    @property
+    def takes_work(self) -> bool:
+        """Its session is alive (Redis need not be) and says what the registry says; it neither drains nor hangs."""
+        hello = self.session.hello
+        if hello is None or self.session.is_silent or not _is_well(self.record):
+            return False
+        said = (hello.layout.fingerprint, hello.numerics_digest)
+        return said == (self.numerics.layout_fingerprint, self.numerics.numerics_digest)
+
+    def view(self) -> DecodeView:
+        blocks = self.record.load.blocks
+        return DecodeView(
+            incarnation=self.record.incarnation,
+            numerics=self.numerics,
+            block_size=self.record.layout.block_size,
+            total_blocks=blocks.total,
+            reported_free_blocks=blocks.free,
+            reserved_blocks=self.reserved_blocks,
+        )
+
+    def lose(self, why: str) -> None:
+        self.session.abandon(why)
+
+
+@dataclass(eq=False, slots=True)
+class PrefillWorker:
+    """Owned by the pool; placements count `num_tokens_ahead` and enter their inboxes."""
+
+    record: WorkerRecord
+    numerics: NumericsClass
+    channel: grpc.aio.Channel
+    stub: "prefill_pb2_grpc.PrefillServiceAsyncStub"
+    has_lease: bool = True
+    num_tokens_ahead: int = 0  # prompts given to it and not yet computed
+    suspect_until: float = 0.0
+    calls: set[Inbox] = field(default_factory=set[Inbox])
+
+    def takes_work(self, now: float) -> bool:
+        return self.has_lease and now >= self.suspect_until and _is_well(self.record)
+
+    def view(self, num_prefix_tokens: int) -> PrefillView:
+        return PrefillView(
+            incarnation=self.record.incarnation,
+            numerics=self.numerics,
+            num_tokens_ahead=self.num_tokens_ahead,
+            num_queued=self.record.load.num_queued,
+            num_prefix_tokens=num_prefix_tokens,
+        )
+
+    def lose(self, why: str) -> None:
+        for inbox in list(self.calls):
+            inbox.put(PrefillFailed(WorkerLost(why)))
+
+
+def numerics_class(record: WorkerRecord) -> NumericsClass:
+    return NumericsClass(record.model_digest, record.layout.fingerprint, record.numerics_digest)
+
+
+def is_hung(record: WorkerRecord) -> bool:
+    return record.state == "stalled" or record.seconds_since_progress >= LOST_S
+
+
+def _is_well(record: WorkerRecord) -> bool:
+    return record.serving and record.seconds_since_progress < NO_NEW_WORK_S

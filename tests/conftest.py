@@ -1,0 +1,21 @@
+"""Shared by every test: one OpenMP thread, set before anything imports torch, and the skips of this machine."""
+
+import os
+
+# Two torch processes with two spinning OpenMP threads each slow one another down a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needing_gpu and not has_cuda():
+        for item in needing_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

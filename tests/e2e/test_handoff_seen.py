@@ -1,0 +1,67 @@
+"""The hand-off goes through real Redis and real ZeroMQ, layer by layer. A twin in the place of either fails here."""
+
+import asyncio
+
+import psutil
+import redis.asyncio
+
+from isthmus.testing.stack import Client, Stack, ledger, request
+
+
+async def watch_states(url: str, seen: dict[str, set[bytes]], stop: asyncio.Event) -> None:
+    """Reads every handoff: and stream: key there is, as fast as it can."""
+    async with redis.asyncio.from_url(url) as client:
+        while not stop.is_set():
+            async for key in client.scan_iter(match="*", count=1000):
+                if key.startswith(b"handoff:"):
+                    state = await client.hget(key, "state")
+                    seen.setdefault("handoff", set()).add(state or b"")
+                elif key.startswith(b"stream:"):
+                    seen.setdefault("stream", set()).add(key)
+                else:
+                    seen.setdefault(key.split(b":")[0].decode(), set()).add(key)
+            await asyncio.sleep(0)
+
+
+async def test_the_handoff_is_seen_in_redis_while_it_runs(stack: Stack) -> None:
+    seen: dict[str, set[bytes]] = {}
+    stop = asyncio.Event()
+    watcher = asyncio.create_task(watch_states(stack.redis_url, seen, stop))
+    async with Client(stack.router) as client:
+        results = await asyncio.gather(
+            *(client.generate(request("And God said " * 60, max_tokens=40, ignore_eos=True, seed=i)) for i in range(6))
+        )
+    stop.set()
+    await watcher
+    assert b"CLAIMED" in {state.upper() for state in seen["handoff"]}
+    assert {f"stream:{result.accepted.request_id}".encode() for result in results} & seen["stream"]
+    assert len(seen["w"]) == 2, "one lease per worker"
+    assert set(seen) <= {"handoff", "stream", "w", "blocks"}, "no other keys"
+
+
+async def test_blocks_cross_a_zeromq_connection(stack: Stack) -> None:
+    (prefill,), (decode,) = stack.services("prefill"), stack.services("decode")
+    async with Client(stack.router) as client:
+        result = await client.generate(request("Call me Ishmael. " * 30, max_tokens=4, temperature=0.0))
+        timings = result.finished.timings
+        num_new = result.accepted.num_prompt_tokens
+        assert timings.transfer_bytes >= (num_new // 16) * 16 * 80 * 4 * 4 // 2
+        assert timings.transfer_frames >= 4, "at least a frame a layer"
+        port = int(decode["zmq"].rsplit(":", 1)[1])
+        peers = [c for c in psutil.Process(prefill["pid"]).net_connections("tcp") if c.raddr and c.raddr.port == port]
+    assert peers, "the prefill worker holds a connection to the decode worker's ZeroMQ port"
+
+
+async def test_the_first_frame_arrives_before_the_first_tile_ends(stack: Stack) -> None:
+    """Layer-wise publishing, from recorded times; both processes read the same machine's monotonic clock."""
+    (prefill,), (decode,) = stack.services("prefill"), stack.services("decode")
+    early = 0
+    async with Client(stack.router) as client:
+        for number in range(5):
+            prompt = f"{number} " + "Fellow citizens of the Senate and House of Representatives, " * 20
+            result = await client.generate(request(prompt, max_tokens=3, ignore_eos=True))
+            request_id = result.accepted.request_id
+            at_prefill = {event.event: event.monotonic_ns for event in await ledger(prefill["grpc"], request_id)}
+            at_decode = {event.event: event.monotonic_ns for event in await ledger(decode["grpc"], request_id)}
+            early += at_decode["transfer.first_frame_received"] < at_prefill["prefill.first_chunk_ended"]
+    assert early == 5

@@ -1,0 +1,456 @@
+"""Scripted prefill and decode workers behind real gRPC ports, and a router over them; the registry is the in-memory twin."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from isthmus.clock import SystemClock
+from isthmus.config import RouterConfig
+from isthmus.convert import layout_to_proto
+from isthmus.detokenizer import Detokenizer
+from isthmus.errors import IsthmusError, NoFreeBlocks
+from isthmus.ids import new_incarnation, new_transfer_id
+from isthmus.kv_layout import KvLayout, Plane, PlaneKind
+from isthmus.ledger import Ledger
+from isthmus.metrics import Metrics
+from isthmus.rpc import PUBLIC_RECEIVE_BYTES, channel, create_server
+from isthmus.rpc_errors import error_from_rpc
+from isthmus.types import BlockCounts
+from isthmus.v1 import decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from isthmus.v1 import types_pb2
+from isthmus.vocabulary import Vocabulary
+from kv_transfer.ownership import WorkerLoad, WorkerRecord
+from kv_transfer.ownership_memory import MemoryOwnership
+from router.admission import Admission
+from router.affinity import PrefixAffinity
+from router.dispatch import Dispatch, DispatchLimits
+from router.placement import Placement
+from router.server import Backend, InferenceServer, ServerLimits
+from router.text import TextWorkers
+from router.validate import ModelFacts
+from router.worker_pool import WorkerPool
+
+MODEL_DIGEST = "d" * 32
+NUMERICS = "n" * 32
+LAYOUT = KvLayout(MODEL_DIGEST, (Plane("latent", PlaneKind.APPEND_ONLY, 2, 8, "fp32"),), 16)
+VOCAB_SIZE = 300  # bytes, then ids without text
+EOS = 256
+MODEL = ModelFacts("tiny", "deepseek_v3", MODEL_DIGEST, VOCAB_SIZE, context_length=4096, eos_token_ids=(EOS,))
+SCRIPT = b"The quick brown fox jumps over the lazy dog. "
+
+
+class ByteTokenizer:
+    """Token ids are bytes."""
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self) -> None:
+        self._vocabulary = Vocabulary(tuple(bytes([i]) for i in range(256)) + (b"",) * (VOCAB_SIZE - 256), False)
+
+    def encode(self, text: str, *, max_bytes: int = 0, max_tokens: int | None = None) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Any, *, max_bytes: int = 0) -> list[int]:
+        return [byte for message in messages for byte in f"<{message.role}>{message.content}".encode()]
+
+    def decode(self, token_ids: Any) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
+
+    def detokenizer(self, stop: Any = (), *, include_stop: bool = False) -> Detokenizer:
+        return Detokenizer(self._vocabulary, stop, include_stop=include_stop)
+
+
+def script_token(request: types_pb2.EngineRequest, index: int) -> types_pb2.Token:
+    """The pure function both fakes compute."""
+    return types_pb2.Token(id=SCRIPT[index % len(SCRIPT)])
+
+
+@dataclass(eq=False)
+class FakeStream:
+    request: types_pb2.EngineRequest
+    counter: int
+    transfer_id: str
+    outgoing: "asyncio.Queue[decode_pb2.SessionResponse]"
+    task: asyncio.Task[None] | None = None
+
+
+class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
+    """Decodes `script_token` once a FakePrefill commits. Everything it was told is kept."""
+
+    def __init__(self, name: str = "d0") -> None:
+        self.name = name
+        self.incarnation = new_incarnation()
+        self.address = ""
+        self.streams: dict[str, FakeStream] = {}
+        self.reserves: list[decode_pb2.Reserve] = []
+        self.cancels: list[decode_pb2.CancelStream] = []
+        self.ended: list[str] = []
+        self.refuse: Callable[[decode_pb2.Reserve], IsthmusError | None] = lambda reserve: None
+        self.token = script_token
+        self.max_tokens_sent: int | None = None  # then it falls silent
+        self.token_interval_s = 0.0
+        self.answers_reserve = True
+        self.tokens_per_step = 1
+        self.total_blocks = 1000
+        self.lose_sessions = asyncio.Event()
+
+    async def Session(  # noqa: N802
+        self, request_iterator: AsyncIterator[decode_pb2.SessionRequest], context: Any
+    ) -> AsyncIterator[decode_pb2.SessionResponse]:
+        outgoing: asyncio.Queue[decode_pb2.SessionResponse] = asyncio.Queue()
+        hello = decode_pb2.DecodeHello(
+            incarnation=self.incarnation, layout=layout_to_proto(LAYOUT), numerics_digest=NUMERICS
+        )
+        outgoing.put_nowait(decode_pb2.SessionResponse(hello=hello))
+        reader = asyncio.create_task(self._read(request_iterator, outgoing))
+        lost = asyncio.create_task(self.lose_sessions.wait())
+        try:
+            while not self.lose_sessions.is_set():
+                getter = asyncio.create_task(outgoing.get())
+                await asyncio.wait({getter, lost}, return_when=asyncio.FIRST_COMPLETED)
+                if not getter.done():
+                    getter.cancel()
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+                yield getter.result()
+        finally:
+            for task in (reader, lost):
+                task.cancel()
+            await asyncio.gather(reader, lost, return_exceptions=True)
+            for stream in [s for s in self.streams.values() if s.outgoing is outgoing]:
+                self._drop(stream)
+
+    async def _read(self, messages: AsyncIterator[decode_pb2.SessionRequest], outgoing: Any) -> None:
+        async for message in messages:
+            match message.WhichOneof("message"):
+                case "reserve":
+                    self._reserve(message.reserve, outgoing)
+                case "cancel":
+                    self.cancels.append(message.cancel)
+                    if stream := self.streams.get(message.cancel.request_id):
+                        self._end(stream, message.cancel.finish_reason, 0)
+                case _:
+                    pass
+
+    def _reserve(self, reserve: decode_pb2.Reserve, outgoing: Any) -> None:
+        self.reserves.append(reserve)
+        request_id = reserve.request.request_id
+        if not self.answers_reserve:
+            return
+        error = self.refuse(reserve)
+        if error is not None:
+            refused = decode_pb2.Refused(request_id=request_id, reason=error.reason, detail=error.detail)
+            outgoing.put_nowait(decode_pb2.SessionResponse(refused=refused))
+            return
+        transfer_id = new_transfer_id()
+        self.streams[request_id] = FakeStream(reserve.request, reserve.attach.counter, transfer_id, outgoing)
+        num_prompt_tokens = len(reserve.request.prompt_token_ids)
+        reserved = decode_pb2.Reserved(
+            request_id=request_id,
+            transfer_id=transfer_id,
+            attempt=1,
+            zmq_endpoint="tcp://127.0.0.1:1",
+            incarnation=self.incarnation,
+            layout_fingerprint=LAYOUT.fingerprint,
+            missing=[types_pb2.Extent(plane=0, layer=0, first_token=0, num_tokens=num_prompt_tokens)],
+        )
+        outgoing.put_nowait(decode_pb2.SessionResponse(reserved=reserved))
+
+    def commit(self, transfer_id: str) -> None:
+        """The prompt's blocks and token 0 have arrived."""
+        for stream in self.streams.values():
+            if stream.transfer_id == transfer_id:
+                stream.task = asyncio.create_task(self._decode(stream))
+
+    def abort(self, transfer_id: str, *, is_finished: bool) -> None:
+        for stream in [s for s in self.streams.values() if s.transfer_id == transfer_id]:
+            self._drop(stream)
+            if not is_finished:
+                failed = decode_pb2.TransferFailed(request_id=stream.request.request_id, reason="fill deadline")
+                stream.outgoing.put_nowait(decode_pb2.SessionResponse(transfer_failed=failed))
+
+    async def _decode(self, stream: FakeStream) -> None:
+        num_tokens = stream.request.sampling.max_tokens
+        for index in range(0, num_tokens, self.tokens_per_step):
+            if self.max_tokens_sent is not None and index >= self.max_tokens_sent:
+                await asyncio.Event().wait()
+            count = min(self.tokens_per_step, num_tokens - index)
+            tokens = [self.token(stream.request, i) for i in range(index, index + count)]
+            sent = decode_pb2.StreamTokens(request_id=stream.request.request_id, index=index, tokens=tokens)
+            step = decode_pb2.StepTokens(step=index, streams=[sent])
+            stream.outgoing.put_nowait(decode_pb2.SessionResponse(step=step))
+            if EOS in (token.id for token in tokens):
+                self._end(stream, types_pb2.FINISH_REASON_STOP, index + count)
+                return
+            await asyncio.sleep(self.token_interval_s)
+        self._end(stream, types_pb2.FINISH_REASON_LENGTH, num_tokens)
+
+    def _end(self, stream: FakeStream, reason: Any, num_tokens: int) -> None:
+        self._drop(stream)
+        ended = decode_pb2.StreamEnded(
+            request_id=stream.request.request_id, finish_reason=reason, num_tokens=num_tokens
+        )
+        stream.outgoing.put_nowait(decode_pb2.SessionResponse(ended=ended))
+
+    def _drop(self, stream: FakeStream) -> None:
+        self.streams.pop(stream.request.request_id, None)
+        self.ended.append(stream.request.request_id)
+        if stream.task is not None and stream.task is not asyncio.current_task():
+            stream.task.cancel()
+
+
+class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
+    """Token 0 and a commit to the fake decode worker that holds the transfer."""
+
+    def __init__(self, cluster: "Cluster", name: str = "p0") -> None:
+        self._cluster = cluster
+        self.name = name
+        self.incarnation = new_incarnation()
+        self.address = ""
+        self.requests: list[prefill_pb2.PrefillRequest] = []
+        self.num_cancelled = 0
+        self.num_running = 0
+        self.token = script_token
+        self.fail: Callable[[int], IsthmusError | None] = lambda call: None  # by call number, before the first token
+        self.hold_first_token: asyncio.Event | None = None
+        self.commits = True
+        self.done = prefill_pb2.Done(
+            acked=True, prefill_ms=3.0, transfer_exposed_ms=0.5, transfer_bytes=4096, transfer_blocks=2, transfer_frames=4
+        )
+
+    async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        self.requests.append(request)
+        self.num_running += 1
+        is_done = False
+        try:
+            yield prefill_pb2.PrefillResponse(queued=prefill_pb2.Queued(num_ahead=0))
+            if (error := self.fail(len(self.requests))) is not None:
+                raise error
+            if self.hold_first_token is not None:
+                await self.hold_first_token.wait()
+            num_tokens = len(request.request.prompt_token_ids)
+            yield prefill_pb2.PrefillResponse(progress=prefill_pb2.Progress(num_computed_tokens=num_tokens))
+            token = self.token(request.request, 0)
+            reason = None
+            if token.id == EOS:
+                reason = types_pb2.FINISH_REASON_STOP
+            elif request.request.sampling.max_tokens == 1:
+                reason = types_pb2.FINISH_REASON_LENGTH
+            first = prefill_pb2.FirstToken(token=token, finish_reason=reason, num_cached_tokens=5)
+            yield prefill_pb2.PrefillResponse(first_token=first)
+            for decode in self._cluster.decode:
+                if reason is not None:
+                    decode.abort(request.target.transfer_id, is_finished=True)
+                elif self.commits:
+                    decode.commit(request.target.transfer_id)
+            is_done = True
+            yield prefill_pb2.PrefillResponse(done=self.done)
+        finally:
+            self.num_running -= 1
+            self.num_cancelled += not is_done
+
+
+@dataclass(eq=False)
+class Cluster:
+    """A router and its workers in one loop."""
+
+    store: MemoryOwnership = field(default_factory=MemoryOwnership)
+    decode: list[FakeDecode] = field(default_factory=list)
+    prefill: list[FakePrefill] = field(default_factory=list)
+    servers: dict[str, grpc.aio.Server] = field(default_factory=dict)
+    records: dict[str, WorkerRecord] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    async def add_decode(self, name: str = "d0") -> FakeDecode:
+        fake = FakeDecode(name)
+        self.decode.append(fake)
+        await self._serve(fake, lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(fake, server))
+        await self.register(_record(fake, "decode"))
+        return fake
+
+    async def add_prefill(self, name: str = "p0") -> FakePrefill:
+        fake = FakePrefill(self, name)
+        self.prefill.append(fake)
+        await self._serve(fake, lambda server: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(fake, server))
+        await self.register(_record(fake, "prefill"))
+        return fake
+
+    async def register(self, record: WorkerRecord) -> None:
+        self.records[record.incarnation] = record
+        await self.store.put_worker(record, 60.0)
+
+    async def change(self, incarnation: str, **changes: Any) -> None:
+        await self.register(replace(self.records[incarnation], **changes))
+
+    async def kill(self, fake: FakeDecode | FakePrefill) -> None:
+        await self.store.drop_worker(fake.incarnation)
+        await self.servers.pop(fake.incarnation).stop(0)
+
+    async def _serve(self, fake: FakeDecode | FakePrefill, add: Callable[[grpc.aio.Server], None]) -> None:
+        server = create_server()
+        add(server)
+        fake.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        self.servers[fake.incarnation] = server
+
+    async def close(self) -> None:
+        for server in self.servers.values():
+            await server.stop(0)
+
+
+@dataclass(eq=False)
+class RunningRouter:
+    stub: Any
+    admission: Admission
+    pool: WorkerPool
+    server: InferenceServer
+    cluster: Cluster
+    metrics: Metrics
+    address: str
+
+    def call(self, message: inference_pb2.GenerateRequest, timeout_s: float | None = 20.0) -> Any:
+        return self.stub.Generate(message, timeout=timeout_s)
+
+    async def generate(self, message: inference_pb2.GenerateRequest, timeout_s: float | None = 20.0) -> "Result":
+        """Raises the typed error the router answered with."""
+        result = Result()
+        try:
+            async for response in self.call(message, timeout_s):
+                result.take(response)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return result
+
+    async def is_quiet(self) -> None:
+        """Waits until nothing of any request is left: here, on the fakes, and among the tasks."""
+        async with asyncio.timeout(5):
+            while self._left():
+                await asyncio.sleep(0.01)
+
+    def _left(self) -> list[str]:
+        left = [f"stream {request_id} on {d.name}" for d in self.cluster.decode for request_id in d.streams]
+        left += [f"{p.num_running} calls on {p.name}" for p in self.cluster.prefill if p.num_running]
+        left += [f"{worker.num_tokens_ahead} tokens ahead" for worker in self.pool.prefill.values() if worker.num_tokens_ahead]
+        left += [f"{worker.reserved_blocks} blocks" for worker in self.pool.decode.values() if worker.reserved_blocks]
+        left += [f"{worker.session.num_streams} routed" for worker in self.pool.decode.values() if worker.session.num_streams]
+        left += [f"{len(worker.calls)} calls" for worker in self.pool.prefill.values() if worker.calls]
+        left += [f"{self.admission.num_streams} slots"] * bool(self.admission.num_streams)
+        left += [f"{self.admission.num_queued} queued"] * bool(self.admission.num_queued)
+        left += [f"{self.server.num_streams} lives"] * bool(self.server.num_streams)
+        left += [task.get_name() for task in asyncio.all_tasks() if task.get_name() == "prefill-call"]
+        return left
+
+
+@dataclass
+class Result:
+    accepted: inference_pb2.Accepted | None = None
+    finished: inference_pb2.Finished | None = None
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    num_chunks: int = 0
+
+    def take(self, response: inference_pb2.GenerateResponse) -> None:
+        match response.WhichOneof("event"):
+            case "accepted":
+                assert self.accepted is None
+                self.accepted = response.accepted
+            case "tokens":
+                assert response.tokens.index == len(self.token_ids)
+                self.token_ids += [token.id for token in response.tokens.tokens]
+                self.text += response.tokens.text
+                self.num_chunks += 1
+            case _:
+                assert self.finished is None
+                self.finished = response.finished
+                self.text += response.finished.text
+
+
+@contextlib.asynccontextmanager
+async def running_router(
+    cluster: Cluster, *, max_buffered_tokens: int = 4096, wait: bool = True, **settings: Any
+) -> AsyncIterator[RunningRouter]:
+    """The router's own parts, wired as its composition root does, without a process around them."""
+    config = RouterConfig(name="r0", **settings)
+    clock, metrics = SystemClock(), Metrics()
+    admission = Admission(config.max_streams, config.max_queue)
+    pool = WorkerPool(
+        cluster.store,
+        incarnation=new_incarnation(),
+        model_digest=MODEL_DIGEST,
+        connect=channel,
+        clock=clock,
+        ledger=cluster.ledger,
+    )
+    placement = Placement(pool, admission, PrefixAffinity(), clock)
+    limits = DispatchLimits(config.queue_timeout_s, max_buffered_tokens)
+    dispatch = Dispatch(placement, admission, limits, clock=clock, ledger=cluster.ledger)
+    tokenizer: Any = ByteTokenizer()
+    server = InferenceServer(ServerLimits(config.max_prompt_bytes, config.default_timeout_s, config.max_timeout_s))
+    watching = asyncio.create_task(pool.run())
+    with TextWorkers(tokenizer, max_prompt_bytes=config.max_prompt_bytes, max_tokens=MODEL.context_length) as text:
+        server.backend = Backend(dispatch, MODEL, tokenizer, text=text, metrics=metrics, clock=clock)
+        async with serving(server) as address, channel(address) as client:
+            router = RunningRouter(
+                inference_pb2_grpc.InferenceServiceStub(client), admission, pool, server, cluster, metrics, address
+            )
+            if wait:
+                await until(lambda: len(pool.usable_decode()) == len(cluster.decode) > 0, "sessions")
+            try:
+                yield router
+            finally:
+                watching.cancel()
+                await asyncio.wait({watching})
+                if not watching.cancelled() and (error := watching.exception()):
+                    raise error
+
+
+@contextlib.asynccontextmanager
+async def serving(server: InferenceServer) -> AsyncIterator[str]:
+    grpc_server = create_server(max_receive_bytes=PUBLIC_RECEIVE_BYTES)
+    server.register(grpc_server)
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    await grpc_server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await grpc_server.stop(0)
+
+
+async def until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+    assert condition(), what
+
+
+def ask(prompt: str = "Hello", **sampling: Any) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(prompt=prompt, sampling=types_pb2.SamplingParams(**sampling))
+
+
+def no_room(reserve: decode_pb2.Reserve) -> IsthmusError:
+    return NoFreeBlocks("no free blocks")
+
+
+def _record(fake: FakeDecode | FakePrefill, role: str) -> WorkerRecord:
+    total = fake.total_blocks if isinstance(fake, FakeDecode) else 1000
+    return WorkerRecord(
+        incarnation=fake.incarnation,
+        role=role,
+        name=fake.name,
+        pid=1,
+        grpc_address=fake.address,
+        zmq_endpoint="tcp://127.0.0.1:1" if role == "decode" else None,
+        http_address="127.0.0.1:2",
+        layout=LAYOUT,
+        numerics_digest=NUMERICS,
+        numerics_ingredients={},
+        model_digest=MODEL_DIGEST,
+        load=WorkerLoad(BlockCounts(total=total, free=total, cached=0, referenced=0)),
+        serving=True,
+        state="idle",
+        seconds_since_progress=0.0,
+    )

@@ -1,0 +1,100 @@
+"""Failpoints, logs, progress and metrics."""
+
+import io
+import json
+
+import pytest
+
+from isthmus import log
+from isthmus.failpoints import FailpointError, Failpoints
+from isthmus.health import HealthState, ProgressWatch, ServiceState
+from isthmus.metrics import Metrics
+
+
+class StoppedClock:
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def now(self) -> float:
+        return self.time
+
+
+def test_failpoint_acts_on_its_hit_only():
+    points = Failpoints.parse("a=raise@2; b=raise")
+    points.hit("a")
+    points.hit("other")
+    with pytest.raises(FailpointError):
+        points.hit("a")
+    points.hit("a")
+    for _ in range(2):
+        with pytest.raises(FailpointError):
+            points.hit("b")
+
+
+async def test_async_failpoint_raises_too():
+    with pytest.raises(FailpointError):
+        await Failpoints.parse("a=raise").hit_async("a")
+
+
+@pytest.mark.parametrize(
+    "spec", ["a", "a=sleep", "a=sleep(x)", "a=raise(1)", "a=kill@0", "a=sleep(601)", "a=raise b=kill"]
+)
+def test_bad_failpoint_is_named(spec: str):
+    with pytest.raises(ValueError, match="failpoint"):
+        Failpoints.parse(spec)
+
+
+def test_log_line_is_one_json_object_and_fields_do_not_replace_its_own():
+    out = io.StringIO()
+    log.configure("decode-0", "info", out)
+    logger = log.get_logger("receive")
+    logger.debug("hidden")
+    logger.info("handoff.claimed", request_id="r", level="mine", text="two\nlines")
+    try:
+        raise ValueError("x")
+    except ValueError as error:
+        logger.exception("failed", error)
+    first, second = (json.loads(line) for line in out.getvalue().splitlines())
+    assert (first["event"], first["service"], first["request_id"], first["level"]) == (
+        "handoff.claimed",
+        "decode-0",
+        "r",
+        "info",
+    )
+    assert "ValueError: x" in second["traceback"]
+
+
+def test_state_follows_work_stall_and_recovery():
+    clock = StoppedClock()
+    health = HealthState(ProgressWatch(clock))
+    assert health.snapshot().state is ServiceState.STARTING
+    health.ready()
+    assert (health.snapshot().state, health.snapshot().serving) == (ServiceState.IDLE, True)
+    health.watch.begin_work()
+    clock.time += 2.9
+    health.watch.begin_work()
+    assert health.snapshot().state is ServiceState.STEPPING
+    clock.time += 0.1
+    assert (health.snapshot().state, health.snapshot().serving) == (ServiceState.STALLED, False)
+    health.watch.step_done()
+    assert health.snapshot().state is ServiceState.STEPPING
+    health.watch.idle()
+    clock.time += 60
+    assert health.snapshot().state is ServiceState.IDLE
+    assert health.watch.num_steps == 1
+
+
+def test_draining_is_for_good():
+    health = HealthState()
+    health.drain()
+    health.ready()
+    health.not_ready("x")
+    assert health.snapshot().state is ServiceState.DRAINING
+
+
+def test_counters_carry_their_labels():
+    metrics = Metrics()
+    metrics.alarms.labels(kind="redis_refused").inc()
+    metrics.steps.inc(3)
+    assert metrics.counters()['isthmus_alarms_total{kind="redis_refused"}'] == 1
+    assert metrics.counters()["isthmus_steps_total"] == 3

@@ -1,0 +1,1 @@
+"""Rebuild the small checkpoint in `isthmus/bundled`: corpus, synthetic text, training, evaluation, export."""
