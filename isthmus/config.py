@@ -182,8 +182,8 @@ def checkout_root() -> Path:
 
 
 def worker_environment() -> dict[str, str]:
-    """For child processes: ours, with one OpenMP thread unless told otherwise (two spinning teams collapse)."""
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    """For children: ours, but by default one OpenMP thread (spinning teams collapse) and no chatter of the C core."""
+    return {"OMP_NUM_THREADS": "1", "GRPC_VERBOSITY": "ERROR", **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def _flag(field: str) -> str:

@@ -1,4 +1,4 @@
-"""A Hugging Face config.json as one frozen value. Anything that would change the maths and is not known here is refused."""
+"""A Hugging Face config.json as one frozen value. What would change the maths and is not known here is refused."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,7 +146,7 @@ class ModelConfig:
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """Reads either dialect (rope_scaling or rope_parameters); CannotStart names the field, its value and what is served."""
+    """Reads either dialect (rope_scaling, rope_parameters); CannotStart names field, value and what is served."""
     model_type = raw.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:

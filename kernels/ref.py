@@ -1,11 +1,13 @@
 """Plain-torch definitions of the operations on the token path, written so that rows never see each other.
 
-Every product has one fixed shape per role: `group` rows at a time (a library picks its algorithm, and with it the order of
-summation, from the shape), or a batch of equal small products. Elementwise work uses only operations whose bits do not
-depend on where in a tensor an element lies (no sigmoid, silu, softplus); sums run along contiguous rows or in a written order.
+Every product has one fixed shape per role: `group` rows at a time, or a batch of equal small products. A library picks its
+algorithm, and with it the order of summation, from the shape; measured with MKL, [N, 1000] @ [1000, 700] gives other bits
+from N = 256 on although N is a multiple of 16. Elementwise work uses only operations whose bits do not depend on where in a
+tensor an element lies (no sigmoid, silu, softplus); sums run along contiguous rows or in a written order.
 
 Shapes: N rows of a step, padded to its group; B rows that are real; D hidden size; H heads; K query/key elements of a head;
-C latent rank; R rotary elements; V value elements of a head; E experts; A experts per token; S cache slots; P (row, tile) pairs.
+C latent rank; R rotary elements; L = C + R; V value elements of a head; E experts; A experts per token; S cache slots;
+P (row, tile) pairs.
 """
 
 from collections.abc import Sequence
@@ -30,23 +32,26 @@ def grouped_matmul(x_NK: Tensor, weight_KM: Tensor, *, group: int) -> Tensor:
 
 
 def grouped_head_matmul(x_NHK: Tensor, weight_HKM: Tensor, *, group: int) -> Tensor:
-    """Each head's rows times that head's weight, `group` rows at a time. Returns [N, H, M]."""
-    parts = [torch.bmm(rows.transpose(0, 1), weight_HKM) for rows in x_NHK.split(group)]
-    out_HNM = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return out_HNM.transpose(0, 1)
+    """Each head's rows times that head's weight, `group` rows at a time. Returns [H, N, M]."""
+    x_HNK = x_NHK.transpose(0, 1)
+    if x_NHK.shape[0] == group:
+        return torch.bmm(x_HNK, weight_HKM)
+    return torch.cat([torch.bmm(rows, weight_HKM) for rows in x_HNK.split(group, dim=1)], dim=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Normalised in fp32, cast to x's dtype, then scaled in it, as transformers does."""
     x32 = x.float()
-    x32 = x32 / (x32 * x32).mean(-1, keepdim=True).add_(eps).sqrt_()
-    return x32.to(x.dtype) * weight
+    mean_square = (x32 * x32).sum(-1, keepdim=True).mul_(1.0 / x.shape[-1])
+    return (x32 / mean_square.add_(eps).sqrt_()).to(x.dtype) * weight
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2 * width], gate first; computed in fp32."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate / torch.exp(-gate).add_(1.0) * up).to(gate_up.dtype)
+    width = gate_up.shape[-1] // 2
+    x = gate_up.float()
+    gate = x.narrow(-1, 0, width)
+    return (gate / (-gate).exp_().add_(1.0)).mul_(x.narrow(-1, width, width)).to(gate_up.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
@@ -74,92 +79,90 @@ class Routing(NamedTuple):
 
 def route_softmax(logits_NE: Tensor, rule: RouterRule) -> Routing:
     """DeepSeek-V2: the best experts by softmax score, of the groups with the best single experts. fp32 in and out."""
-    exp_NE = torch.exp(logits_NE - logits_NE.amax(-1, keepdim=True))
-    scores_NE = exp_NE / exp_NE.sum(-1, keepdim=True)
-    choice_NE = scores_NE
+    scores_NE = (logits_NE - logits_NE.amax(-1, keepdim=True)).exp_()
+    scores_NE /= scores_NE.sum(-1, keepdim=True)
     if rule.num_groups_chosen < rule.num_groups:
-        group_scores = scores_NE.unflatten(-1, (rule.num_groups, -1)).amax(-1)
-        choice_NE = scores_NE.masked_fill(_outside_groups(group_scores, scores_NE.shape[-1], rule), 0.0)
-    ids_NA = _best(choice_NE, rule.num_chosen)
-    return Routing(choice_NE.gather(-1, ids_NA) * rule.scale, ids_NA)
+        group_scores = scores_NE.view(-1, rule.num_groups, scores_NE.shape[1] // rule.num_groups).amax(-1)
+        scores_NE = _of_chosen_groups(scores_NE, group_scores, rule).clamp_(min=0.0)
+    ids_NA = _best(scores_NE, rule.num_chosen)
+    return Routing(scores_NE.gather(-1, ids_NA).mul_(rule.scale), ids_NA)
 
 
 def route_sigmoid_bias(logits_NE: Tensor, bias_E: Tensor, rule: RouterRule) -> Routing:
     """DeepSeek-V3: sigmoid scores; the bias counts for the choice, not for the weights. fp32 in and out."""
-    scores_NE = 1.0 / torch.exp(-logits_NE).add_(1.0)
+    scores_NE = (-logits_NE).exp_().add_(1.0).reciprocal_()
     choice_NE = scores_NE + bias_E
     if rule.num_groups_chosen < rule.num_groups:
-        best = choice_NE.unflatten(-1, (rule.num_groups, -1)).sort(dim=-1, descending=True, stable=True).values
-        group_scores = best[..., 0] + best[..., 1]
-        choice_NE = choice_NE.masked_fill(_outside_groups(group_scores, choice_NE.shape[-1], rule), -torch.inf)
+        # The two best values are the same whichever of equal experts gives them, so topk's order of ties is no matter.
+        best = choice_NE.view(-1, rule.num_groups, choice_NE.shape[1] // rule.num_groups).topk(2, dim=-1).values
+        choice_NE = _of_chosen_groups(choice_NE, best.sum(-1), rule)
     ids_NA = _best(choice_NE, rule.num_chosen)
     weights_NA = scores_NE.gather(-1, ids_NA)
     if rule.normalise:
-        weights_NA = weights_NA / (sum_in_order(weights_NA) + 1e-20).unsqueeze(-1)
-    return Routing(weights_NA * rule.scale, ids_NA)
+        weights_NA /= weights_NA.sum(-1, keepdim=True).add_(1e-20)
+    return Routing(weights_NA.mul_(rule.scale), ids_NA)
 
 
 def _best(scores_NE: Tensor, count: int) -> Tensor:
-    return scores_NE.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
+    """Ids of the highest scores, best first; equal ones by lower id."""
+    return scores_NE.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, count)
 
 
-def _outside_groups(group_scores_NG: Tensor, num_experts: int, rule: RouterRule) -> Tensor:
-    """True for experts outside the chosen groups. Shape [N, E]."""
+def _of_chosen_groups(scores_NE: Tensor, group_scores_NG: Tensor, rule: RouterRule) -> Tensor:
+    """Scores with -inf for experts outside the best groups; x + 0 keeps the others' values."""
     chosen = _best(group_scores_NG, rule.num_groups_chosen)
-    outside_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter_(-1, chosen, False)  # noqa: FBT003
-    return outside_NG.repeat_interleave(num_experts // rule.num_groups, dim=-1)
+    penalty_NG = torch.full_like(group_scores_NG, -torch.inf).scatter_(-1, chosen, 0.0)
+    grouped = scores_NE.view(-1, rule.num_groups, scores_NE.shape[1] // rule.num_groups)
+    return (grouped + penalty_NG.unsqueeze(-1)).view_as(scores_NE)
 
 
-def sum_in_order(x: Tensor) -> Tensor:
-    """Sum over the last dimension, first to last."""
-    columns = x.unbind(-1)
-    total = columns[0]
-    for column in columns[1:]:
-        total = total + column
-    return total
+def expert_mlps(x_ND: Tensor, routing: Routing, gate_up: Sequence[Tensor], down: Sequence[Tensor]) -> Tensor:
+    """Weighted sum of the experts of the first B rows, which `routing` holds, in its order. Returns [B, D] fp32.
 
-
-def expert_mlps(x_BD: Tensor, routing: Routing, gate_up: Sequence[Tensor], down: Sequence[Tensor]) -> Tensor:
-    """Weighted sum of each row's experts, in fp32 and in the routing's order. Returns [B, D] fp32.
-
-    Rows are grouped by expert, each group padded to EXPERT_GROUP rows; `gate_up[e]` is [D, 2 * width], `down[e]` [width, D].
+    Rows are grouped by expert, EXPERT_GROUP rows a product; `gate_up[e]` is [D, 2 * width], `down[e]` [width, D].
     """
-    groups = _group_by_expert(routing.expert_ids_NA, len(gate_up))
-    x_SD = x_BD.index_select(0, groups.rows.to(x_BD.device))
-    gate_up_SW = x_BD.new_empty(x_SD.shape[0], gate_up[0].shape[1])
-    for expert, rows, out in zip(groups.experts, x_SD.split(EXPERT_GROUP), gate_up_SW.split(EXPERT_GROUP), strict=True):
-        torch.mm(rows, gate_up[expert], out=out)
-    hidden_SW = swiglu(gate_up_SW)
-    y_SD = torch.empty_like(x_SD)
-    for expert, rows, out in zip(groups.experts, hidden_SW.split(EXPERT_GROUP), y_SD.split(EXPERT_GROUP), strict=True):
-        torch.mm(rows, down[expert], out=out)
-    y_ABD = y_SD.index_select(0, groups.slots.to(x_BD.device)).unflatten(0, (-1, x_BD.shape[0]))
-    parts = (y_ABD * routing.weights_NA.t().unsqueeze(-1)).unbind(0)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+    groups = _group_by_expert(routing.expert_ids_NA.tolist(), x_ND.shape[0])
+    if groups.rows is None:
+        blocks: Sequence[Tensor] = [x_ND] * len(groups.experts)
+    else:
+        blocks = x_ND.index_select(0, torch.tensor(groups.rows, device=x_ND.device)).split(EXPERT_GROUP)
+    hidden = torch.cat([torch.mm(block, gate_up[e]) for block, e in zip(blocks, groups.experts, strict=True)])
+    blocks = swiglu(hidden).split(EXPERT_GROUP)
+    y_SD = torch.cat([torch.mm(block, down[e]) for block, e in zip(blocks, groups.experts, strict=True)])
+    weights_NA = routing.weights_NA
+    y = y_SD.index_select(0, torch.tensor(groups.slots, device=x_ND.device))
+    y_NAD = y.view(*weights_NA.shape, -1) * weights_NA.unsqueeze(-1)
+    total, *others = y_NAD.unbind(1)
+    for other in others:
+        total = total + other
     return total
 
 
 class _ExpertGroups(NamedTuple):
     experts: list[int]  # of each group
-    rows: Tensor  # row behind each slot, groups one after the other; padding repeats row 0, its result is not read
-    slots: Tensor  # slot of choice a of row b, at a * B + b
+    rows: list[int] | None  # row behind each slot, group after group; None: every group is the step's rows as they are
+    slots: list[int]  # slot of choice a of row b, at b * A + a
 
 
-def _group_by_expert(expert_ids_BA: Tensor, num_experts: int) -> _ExpertGroups:
-    """Integer work on the CPU: exact, and the number of groups is needed there."""
-    num_rows = expert_ids_BA.shape[0]
-    flat = expert_ids_BA.t().flatten().cpu()
-    by_expert, order = flat.sort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)
-    groups = (counts + (EXPERT_GROUP - 1)) // EXPERT_GROUP
-    # Where an expert's slots start, less where its choices start among all choices in order.
-    shift = (groups.cumsum(0) - groups) * EXPERT_GROUP - (counts.cumsum(0) - counts)
-    slots = torch.empty_like(flat).index_copy_(0, order, torch.arange(flat.numel()) + shift[by_expert])
-    num_groups = groups.tolist()
-    rows = flat.new_zeros(sum(num_groups) * EXPERT_GROUP).index_copy_(0, slots, torch.arange(flat.numel()) % num_rows)
-    return _ExpertGroups([e for e, count in enumerate(num_groups) for _ in range(count)], rows, slots)
+def _group_by_expert(expert_ids_NA: list[list[int]], num_step_rows: int) -> _ExpertGroups:
+    """Integers on the host: a product is launched per group, so their number is needed here."""
+    if num_step_rows == EXPERT_GROUP:
+        experts = sorted({expert for chosen in expert_ids_NA for expert in chosen})
+        first_slot = {expert: group * EXPERT_GROUP for group, expert in enumerate(experts)}
+        slots = [first_slot[expert] + row for row, chosen in enumerate(expert_ids_NA) for expert in chosen]
+        return _ExpertGroups(experts, None, slots)
+    places: dict[int, list[tuple[int, int]]] = {}
+    for row, chosen in enumerate(expert_ids_NA):
+        for place, expert in enumerate(chosen, start=row * len(chosen)):
+            places.setdefault(expert, []).append((place, row))
+    groups, rows, slots = [], [], [0] * (len(expert_ids_NA) * len(expert_ids_NA[0]))
+    for expert in sorted(places):
+        for slot, (place, _) in enumerate(places[expert], start=len(rows)):
+            slots[place] = slot
+        padding = -len(places[expert]) % EXPERT_GROUP  # repeats row 0, whose result there is not read
+        rows += [row for _, row in places[expert]] + [0] * padding
+        groups += [expert] * ((len(places[expert]) + padding) // EXPERT_GROUP)
+    return _ExpertGroups(groups, rows, slots)
 
 
 def write_latents(cache_SL: Tensor, slots_B: Tensor, latent_BC: Tensor, k_pe_BR: Tensor) -> None:
@@ -176,35 +179,37 @@ class DecodePairs(NamedTuple):
     slots: Tensor  # [P * TILE] cache slot of each key; hidden keys name the cache's last slot, which holds zeros
     hidden: Tensor  # [P, 1, TILE] bool: the key is past the row's own position
     row: Tensor  # [P]
-    of_row: Tensor  # [B, T] pair of a row's tile, P where the row has no such tile
+    of_row: Tensor  # [T * B] pair of a row's tile, tiles outermost; P where the row has no such tile
     rows_with_tile: tuple[int, ...]  # B first, never growing
 
 
-def paged_mla_decode(q_BHL: Tensor, cache_SL: Tensor, pairs: DecodePairs, *, latent_rank: int) -> Tensor:
-    """Absorbed attention: queries [H, C + R], already scaled, over latents as stored. Returns [B, H, C] in fp32.
+def paged_mla_decode(q_BLH: Tensor, cache_SL: Tensor, pairs: DecodePairs, *, latent_rank: int) -> Tensor:
+    """Absorbed attention: queries of C + R elements, already scaled, over latents as stored. Returns [B, H, C] in fp32.
 
     Each pair gives (max, sum, weighted latents); a row's partials are folded by tile, in order.
     """
-    tiles = cache_SL.index_select(0, pairs.slots).float().unflatten(0, (-1, TILE))
-    scores = torch.bmm(q_BHL.index_select(0, pairs.row), tiles.transpose(1, 2)).masked_fill_(pairs.hidden, -torch.inf)
-    peak_PH = scores.amax(-1)
-    weights = scores.sub_(peak_PH.unsqueeze(-1)).exp_()
-    sum_PH1 = weights.sum(-1, keepdim=True)
-    partial = torch.cat((torch.bmm(weights, tiles[:, :, :latent_rank]), sum_PH1), dim=-1)
+    tiles = cache_SL.index_select(0, pairs.slots).float().view(-1, TILE, cache_SL.shape[1])
+    # Keys times queries, then transposed: the other way round is two to five times slower in MKL for few heads.
+    scores = torch.bmm(tiles, q_BLH.index_select(0, pairs.row)).transpose(1, 2).contiguous()
+    scores.masked_fill_(pairs.hidden, -torch.inf)
+    peak_PH1 = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(peak_PH1).exp_()
+    partial = torch.bmm(weights, tiles)  # the rotary columns carry nothing; the first of them takes the sum
+    partial.narrow(-1, latent_rank, 1).copy_(weights.sum(-1, keepdim=True))
     if len(pairs.rows_with_tile) > 1:
-        partial = _fold_by_tile(partial, peak_PH, pairs)
-    return partial[..., :latent_rank] / partial[..., latent_rank:]
+        partial = _fold_by_tile(partial, peak_PH1, pairs)
+    return partial.narrow(-1, 0, latent_rank) / partial.narrow(-1, latent_rank, 1)
 
 
-def _fold_by_tile(partial_PHC: Tensor, peak_PH: Tensor, pairs: DecodePairs) -> Tensor:
+def _fold_by_tile(partial_PHL: Tensor, peak_PH1: Tensor, pairs: DecodePairs) -> Tensor:
     """Rescales each partial to its row's maximum (a maximum is exact in any order) and adds tile after tile."""
-    no_tile = peak_PH.new_full((1, peak_PH.shape[1]), -torch.inf)
-    peaks_BTH = torch.cat((peak_PH, no_tile)).index_select(0, pairs.of_row.flatten()).unflatten(0, pairs.of_row.shape)
-    rescale_PH = (peak_PH - peaks_BTH.amax(1).index_select(0, pairs.row)).exp_()
-    partial_PHC = partial_PHC * rescale_PH.unsqueeze(-1)
-    first, *later = partial_PHC.split(pairs.rows_with_tile)
+    no_tile = peak_PH1.new_full((1, *peak_PH1.shape[1:]), -torch.inf)
+    peaks = torch.cat((peak_PH1, no_tile)).index_select(0, pairs.of_row)
+    peaks_BH1 = peaks.view(len(pairs.rows_with_tile), -1, *peak_PH1.shape[1:]).amax(0)
+    partial_PHL *= (peak_PH1 - peaks_BH1.index_select(0, pairs.row)).exp_()
+    first, *later = partial_PHL.split(pairs.rows_with_tile)
     for tile in later:
-        first[: tile.shape[0]].add_(tile)
+        first.narrow(0, 0, tile.shape[0]).add_(tile)
     return first
 
 
@@ -220,7 +225,9 @@ class KeyTile(NamedTuple):
 class PrefillTiles(NamedTuple):
     """Queries arranged in tiles at absolute positions, those with most key tiles first."""
 
-    rows: Tensor  # [query tiles * TILE] row of the step; positions outside the chunk name row 0, their result is not read
+    rows: (
+        Tensor  # [query tiles * TILE] row of the step; positions outside the chunk name row 0, their result is not read
+    )
     slot_of_row: Tensor  # [N] where a row's result lies among them
     keys: tuple[KeyTile, ...]  # tile 0 first
 
@@ -236,7 +243,7 @@ class HeadShape(NamedTuple):
 def paged_mla_prefill(q_NHK: Tensor, cache_SL: Tensor, kv_b: Tensor, tiles: PrefillTiles, shape: HeadShape) -> Tensor:
     """Expanded attention: keys and values of every tile are made from the latents as stored. Returns [N, H, V] in fp32.
 
-    `kv_b` is [C, H * (nope + V)]; queries come scaled. Query tiles of TILE rows meet key tiles of TILE rows, folded in order.
+    `kv_b` is [C, H * (nope + V)]; queries come scaled. Query tiles meet key tiles, both of TILE rows, folded in order.
     """
     H, K, V = shape.num_heads, shape.nope + shape.rope, shape.value
     q = q_NHK.index_select(0, tiles.rows).unflatten(0, (-1, TILE)).transpose(1, 2).reshape(-1, TILE, K)

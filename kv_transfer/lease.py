@@ -3,7 +3,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from isthmus.errors import IsthmusError
 from kv_transfer.counters import Counters
@@ -12,23 +13,27 @@ from kv_transfer.ownership import BlockSnapshot, OwnershipStore, WorkerRecord
 _STOP_TIMEOUT_S = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseTimes:
+    heartbeat_s: float = 0.5
+    ttl_s: float = 3.0
+
+
 class LeaseKeeper:
     """`record` (and `blocks`) are called from the keeper's thread and must be quick. Redis may be down at any time."""
 
     def __init__(
         self,
-        store_factory: Callable[[], Awaitable[OwnershipStore]],
+        store_factory: Callable[[], OwnershipStore],
         record: Callable[[], WorkerRecord],
         *,
-        heartbeat_s: float = 0.5,
-        ttl_s: float = 3.0,
+        times: LeaseTimes | None = None,
         blocks: Callable[[], BlockSnapshot] | None = None,
     ):
         self._store_factory = store_factory
         self._record = record
         self._blocks = blocks
-        self._heartbeat_s = heartbeat_s
-        self._ttl_s = ttl_s
+        self._times = times or LeaseTimes()
         self._counts = Counters()
         self._last_ok: float | None = None
         self._published: int | None = None
@@ -57,7 +62,7 @@ class LeaseKeeper:
         self._stop.set()
         self._wake()
         if self._thread.is_alive():
-            self._thread.join(_STOP_TIMEOUT_S + self._heartbeat_s)
+            self._thread.join(_STOP_TIMEOUT_S + self._times.heartbeat_s)
 
     def _run(self) -> None:
         asyncio.run(self._keep())
@@ -65,23 +70,21 @@ class LeaseKeeper:
     async def _keep(self) -> None:
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(woken.set)
-        store: OwnershipStore | None = None
+        store = self._store_factory()
         while not self._stop.is_set():
             try:
-                async with asyncio.timeout(self._ttl_s):
-                    store = store or await self._store_factory()
+                async with asyncio.timeout(self._times.ttl_s):
                     await self._beat(store)
             except (IsthmusError, TimeoutError):
                 self._counts.add("lease.failed")
                 self._published = None  # a store that comes back may have lost the snapshot
-            await _wait(woken, self._heartbeat_s)
+            await _wait(woken, self._times.heartbeat_s)
         self._wake = self._stop.set
-        if store is not None:
-            await self._give_up(store)
+        await self._give_up(store)
 
     async def _beat(self, store: OwnershipStore) -> None:
         record = self._record()
-        await store.put_worker(record, self._ttl_s)
+        await store.put_worker(record, self._times.ttl_s)
         self._counts.add("lease.renewed")
         self._last_ok = time.monotonic()
         await self._publish(store, record.incarnation)
@@ -90,7 +93,7 @@ class LeaseKeeper:
         """The snapshot goes out when its sequence has moved; the lease keeps it alive in between."""
         if self._blocks is None or (snapshot := self._blocks()).sequence == self._published:
             return
-        await store.publish_blocks(incarnation, snapshot, self._ttl_s)
+        await store.publish_blocks(incarnation, snapshot, self._times.ttl_s)
         self._published = snapshot.sequence
 
     async def _give_up(self, store: OwnershipStore) -> None:

@@ -5,94 +5,71 @@ import threading
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
 
 from kv_transfer.counters import Counters
 from kv_transfer.ownership import HandoffRecord, OwnershipStore, StoreUnavailable, Transition, TransitionResult
-from kv_transfer.transfers import StateChange
 
 _RETRY_S = 0.2
-_TTL_S = 900.0  # beyond the longest request; ends what a dead worker left
-_FLUSH_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class _StreamBegan:
-    request_id: str
+class _Begin:
+    record: HandoffRecord
+    ttl_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class _StreamEnded:
+class _PutStream:
     request_id: str
+    decode: str
+    ttl_s: float
 
 
-_Change = HandoffRecord | Transition | _StreamBegan | _StreamEnded
+@dataclass(frozen=True, slots=True)
+class _DropStream:
+    request_id: str
+    decode: str
+
+
+_Change = _Begin | Transition | _PutStream | _DropStream
 
 
 class HandoffMirror:
-    """A decode worker's mirror. Any thread may report; entered in the loop that owns the store, it applies in order.
+    """Any thread may report; `run` is a task of the loop that owns the store and applies in order.
 
     A change is tried again while Redis is away. At the bound the oldest is dropped. Refusals, unknown ids and drops are
     counted: they are alarms, and change nothing in the worker.
     """
 
-    def __init__(self, store: OwnershipStore, *, decode: str, max_changes: int = 4096):
+    def __init__(self, store: OwnershipStore, *, max_changes: int = 4096):
         self._store = store
-        self._decode = decode  # incarnation
         self._max_changes = max_changes
         self._changes: deque[_Change] = deque()
         self._lock = threading.Lock()
         self._counts = Counters()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # None: not running yet
         self._some = asyncio.Event()
         self._none = asyncio.Event()
-
-    async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(self._apply_all(), name="handoff-mirror")
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """What was reported is applied first, if Redis answers."""
-        await self.flush(_FLUSH_S)
-        assert self._task is not None, "entered before left"
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
 
     @property
     def counters(self) -> dict[str, int]:
         return self._counts.read()
 
-    def changed(self, change: StateChange) -> None:
-        """A transfer's state change, as the receiver's `on_state` tells it."""
-        transfer, previous = change.transfer, change.previous
-        if previous is None:
-            self._add(HandoffRecord(transfer.transfer_id, transfer.request_id, self._decode, attempt=transfer.attempt))
-            return
-        prefill = transfer.sender.hex() if transfer.sender else None
-        self._add(Transition(transfer.transfer_id, previous, transfer.state, transfer.attempt, prefill))
+    def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> None:
+        self._add(_Begin(record, ttl_s))
 
-    def stream_began(self, request_id: str) -> None:
-        self._add(_StreamBegan(request_id))
+    def advance_handoff(self, transition: Transition) -> None:
+        self._add(transition)
 
-    def stream_ended(self, request_id: str) -> None:
-        self._add(_StreamEnded(request_id))
+    def put_stream(self, request_id: str, decode: str, ttl_s: float) -> None:
+        self._add(_PutStream(request_id, decode, ttl_s))
 
-    async def flush(self, timeout_s: float) -> bool:
-        """Waits until everything reported so far is applied. False if it was not in time. In the mirror's loop."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._changes:
-                    self._none.clear()
-                    self._some.set()
-                    await self._none.wait()
-        except TimeoutError:
-            return False
-        return True
+    def drop_stream(self, request_id: str, decode: str) -> None:
+        self._add(_DropStream(request_id, decode))
 
-    async def _apply_all(self) -> None:
+    async def run(self) -> None:
+        """Until cancelled."""
+        self._loop = asyncio.get_running_loop()
         while True:
             while (change := self._first()) is not None:
                 if await self._try(change):
@@ -102,6 +79,18 @@ class HandoffMirror:
             self._none.set()
             await self._some.wait()
             self._some.clear()
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Waits until everything reported so far is applied. False if it was not in time. In the loop of `run`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._first() is not None:
+                    self._none.clear()
+                    self._some.set()
+                    await self._none.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _add(self, change: _Change) -> None:
         with self._lock:
@@ -137,12 +126,12 @@ class HandoffMirror:
 
     async def _apply(self, change: _Change) -> TransitionResult:
         match change:
-            case HandoffRecord():
-                return await self._store.begin_handoff(change, _TTL_S)
+            case _Begin(record, ttl_s):
+                return await self._store.begin_handoff(record, ttl_s)
             case Transition():
                 return await self._store.advance_handoff(change)
-            case _StreamBegan(request_id):
-                await self._store.put_stream(request_id, self._decode, _TTL_S)
-            case _StreamEnded(request_id):
-                await self._store.drop_stream(request_id, self._decode)
+            case _PutStream(request_id, decode, ttl_s):
+                await self._store.put_stream(request_id, decode, ttl_s)
+            case _DropStream(request_id, decode):
+                await self._store.drop_stream(request_id, decode)
         return TransitionResult.APPLIED

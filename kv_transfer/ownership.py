@@ -136,9 +136,6 @@ class OwnershipStore(Protocol):
     async def close(self) -> None: ...
 
 
-OpenStore = Callable[[str], Awaitable[OwnershipStore]]  # by URL; raises CannotStart when nothing answers there
-
-
 OpenStore = Callable[[str], OwnershipStore]  # by URL; it connects at its first command
 
 

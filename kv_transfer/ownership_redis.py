@@ -17,13 +17,11 @@ from typing import Any, TypeVar
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from isthmus.errors import CannotStart
 from kv_transfer.counters import Counters
 from kv_transfer.handoff import TRANSITIONS
 from kv_transfer.ownership import (
     BlockSnapshot,
     HandoffRecord,
-    OwnershipStore,
     StoreUnavailable,
     Transition,
     TransitionResult,
@@ -186,20 +184,6 @@ class RedisOwnership:
 
     def _script(self, name: str) -> Any:
         return self._client.register_script((_LUA / f"{name}.lua").read_text())
-
-
-async def open_store(url: str) -> OwnershipStore:
-    """A store that has answered once. Raises CannotStart."""
-    try:
-        store = RedisOwnership(url)
-    except ValueError as error:
-        raise CannotStart("redis_url", f"{url}: {error}", "give redis://HOST:PORT") from error
-    try:
-        await store.ping()
-    except StoreUnavailable as error:
-        await store.close()
-        raise CannotStart("redis_url", f"{url}: {error.detail}", "start Redis there, or name where it runs") from error
-    return store
 
 
 def _milliseconds(ttl_s: float) -> int:

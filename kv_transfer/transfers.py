@@ -114,7 +114,7 @@ class IncomingTransfers:
         return self._transfers.get(transfer_id)
 
     def reserve(self, reservation: Reservation) -> None:
-        """Raises StaleOwner for an id that is live or has ended, Overloaded at the bound, ValueError for bad extents."""
+        """Raises StaleOwner for a live or ended id, Overloaded at the bound, ValueError for bad extents."""
         transfer_id = reservation.transfer_id
         if transfer_id in self._transfers or transfer_id in self._tombstones:
             raise StaleOwner(f"transfer {transfer_id} was reserved or cancelled before")

@@ -12,10 +12,17 @@ MAX_STOP = 16
 MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 1024
 _MAX_SAMPLING_BYTES = 64 << 10
-_INPUTS = {3: "prompt", 4: "token_ids", 5: "chat"}  # field numbers of GenerateRequest's oneof
-_SAMPLING, _CHAT = 6, 5
-# Fields of SamplingParams that repeat: number -> name, most entries. Packed numbers are bounded by bytes instead.
-_REPEATED = {8: ("sampling.stop", MAX_STOP), 16: ("sampling.logit_bias", MAX_LOGIT_BIAS)}
+# Field numbers of GenerateRequest: the oneof, and what else may be long.
+_INPUTS = {3: "prompt", 4: "token_ids", 5: "chat"}
+_LONG = {**_INPUTS, 1: "client_request_id", 2: "model", 7: "emitted_token_ids", 11: "tenant"}
+_SAMPLING = 6
+_NESTED = {5: "chat", _SAMPLING: "sampling"}
+# Fields that repeat inside them: number -> name, most entries. Packed numbers are bounded by bytes instead.
+_REPEATED = {
+    "chat": {1: ("messages", MAX_MESSAGES)},
+    "sampling": {8: ("stop", MAX_STOP), 16: ("logit_bias", MAX_LOGIT_BIAS)},
+}
+_MAX_NESTED_FIELDS = 4096
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
@@ -28,31 +35,29 @@ def check_wire(raw: bytes, max_prompt_bytes: int) -> None:
             raise InvalidRequest.of("request", f"more than {MAX_FIELDS} fields", "each field once")
         inputs |= {number} & _INPUTS.keys()
         num_bytes[number] = num_bytes.get(number, 0) + end - start
-        if number in _INPUTS and num_bytes[number] > max_prompt_bytes:
+        if num_bytes[number] > max_prompt_bytes and number != _SAMPLING:
             given, allowed = f"{num_bytes[number]} bytes", f"at most {max_prompt_bytes} bytes"
-            raise InvalidRequest.of(_INPUTS[number], given, allowed)
-        if number == _SAMPLING:
-            _check_sampling(raw, start, end)
-        elif number == _CHAT:
-            _check_count(raw, start, end, field=1, name="chat.messages", most=MAX_MESSAGES)
+            raise InvalidRequest.of(_LONG.get(number, "request"), given, allowed)
+        if number in _NESTED:
+            _check_entries(raw, start, end, _NESTED[number])
+        if number == _SAMPLING and end - start > _MAX_SAMPLING_BYTES:
+            raise InvalidRequest.of("sampling", f"{end - start} bytes", f"at most {_MAX_SAMPLING_BYTES} bytes")
     if len(inputs) > 1:
         given = " and ".join(_INPUTS[number] for number in sorted(inputs))
         raise InvalidRequest.of("input", given, "one of prompt, token_ids, chat")
 
 
-def _check_sampling(raw: bytes, start: int, end: int) -> None:
-    for field, (name, most) in _REPEATED.items():
-        _check_count(raw, start, end, field=field, name=name, most=most)
-    if end - start > _MAX_SAMPLING_BYTES:
-        raise InvalidRequest.of("sampling", f"{end - start} bytes", f"at most {_MAX_SAMPLING_BYTES} bytes")
-
-
-def _check_count(raw: bytes, start: int, end: int, *, field: int, name: str, most: int) -> None:
-    count = 0
+def _check_entries(raw: bytes, start: int, end: int, name: str) -> None:
+    """Counts the entries of what repeats in the message in raw[start:end]."""
+    counts = dict.fromkeys(_REPEATED[name], 0)
     for seen, (number, _, _) in enumerate(_fields(raw, start, end, name)):
-        count += number == field
-        if count > most or seen > 16 * MAX_LOGIT_BIAS:
-            raise InvalidRequest.of(name, f"more than {most} entries", f"at most {most} entries")
+        if number in counts:
+            counts[number] += 1
+            field, most = _REPEATED[name][number]
+            if counts[number] > most:
+                raise InvalidRequest.of(f"{name}.{field}", f"more than {most} entries", f"at most {most} entries")
+        if seen >= _MAX_NESTED_FIELDS:
+            raise InvalidRequest.of(name, f"more than {_MAX_NESTED_FIELDS} fields", "each field as often as it may be")
 
 
 def _fields(raw: bytes, start: int, end: int, name: str) -> Iterator[tuple[int, int, int]]:

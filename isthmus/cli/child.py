@@ -11,7 +11,8 @@ from isthmus.cli.stack import ChildSpec
 from isthmus.config import checkout_root, worker_environment
 
 _LAUNCHER = Path(__file__).with_name("launch.py")
-_TAIL_BYTES = 8192
+_TAIL_BYTES = 64 << 10
+_MAX_WORDS = 600
 
 
 def launched(command: tuple[str, ...], death_signal: signal.Signals = signal.SIGKILL) -> tuple[str, ...]:
@@ -57,9 +58,9 @@ class Child:
                 os.killpg(self.pid, number)
 
     def last_words(self) -> str:
-        """The line that says why it could not start, else its last line."""
+        """The line that says why it could not start, else its last line, cut to a bound."""
         with self.log_path.open("rb") as log:
             log.seek(max(0, self.log_path.stat().st_size - _TAIL_BYTES))
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         refusals = [line for line in lines if "cannot start: " in line]
-        return (refusals or lines or ["it said nothing"])[-1]
+        return (refusals or lines or ["it said nothing"])[-1][:_MAX_WORDS]

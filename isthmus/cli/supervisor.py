@@ -138,10 +138,7 @@ class Supervisor:
                 if not waiting:
                     return
                 if self._clock.now() > deadline:
-                    reasons = [
-                        f"{child.spec.name}: {await probe.reason()}; its log: {child.log_path}"
-                        for child, probe in waiting.items()
-                    ]
+                    reasons = [await _why_not(child, probe) for child, probe in waiting.items()]
                     raise StackFailed("\n".join([f"not serving after {timeout_s:g} s:", *reasons]))
                 await asyncio.sleep(_POLL_S)
 
@@ -169,6 +166,11 @@ class Supervisor:
 
 def _probe(child: Child) -> Probe | redis_server.Probe:
     return redis_server.Probe(child.spec.address) if child.spec.address else Probe(child.spec.grpc or "")
+
+
+async def _why_not(child: Child, probe: Probe | redis_server.Probe) -> str:
+    ended = f"it ended {child.num_restarts} times, at last with: {child.last_words()}" if child.num_restarts else ""
+    return f"{child.spec.name}: {ended or await probe.reason()}; its log: {child.log_path}"
 
 
 async def _end(children: Sequence[Child], timeout_s: float) -> None:

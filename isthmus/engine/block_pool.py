@@ -1,6 +1,7 @@
 """Who holds which block of the cache: references, content addresses, blocks set aside, and sends that still read."""
 
 import hashlib
+import struct
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ def prefix_hashes(token_ids: Sequence[int], block_size: int, salt: str | bytes) 
     link = salt.encode() if isinstance(salt, str) else salt
     hashes: list[bytes] = []
     for start in range(0, len(token_ids) - block_size + 1, block_size):
-        tokens = b"".join(token_id.to_bytes(4, "little") for token_id in token_ids[start : start + block_size])
+        tokens = struct.pack(f"<{block_size}I", *token_ids[start : start + block_size])
         link = hashlib.sha256(link + tokens).digest()[:16]
         hashes.append(link)
     return hashes

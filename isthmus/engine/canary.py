@@ -1,4 +1,4 @@
-"""The numerics canary: a fixed computation whose bits name the class of workers that may continue one another's streams."""
+"""The numerics canary: a fixed computation whose bits name the class of workers that may continue each other's streams."""
 
 import hashlib
 import platform
@@ -36,10 +36,13 @@ class _Sequence:
 
 
 def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
-    """Computes with scratch blocks of the pool and gives them back. Raises CannotStart if batch 1 and batch 3 differ."""
-    context = min(_PROMPT_TOKENS + _REPLAYED + _DECODED, runner.model.config.context_length)
-    prompts = [_prompt(runner, context - _REPLAYED - _DECODED, salt=0)]
-    prompts += [_prompt(runner, min(length, len(prompts[0])), salt=salt + 1) for salt, length in enumerate(_COMPANY)]
+    """Computes in scratch blocks of the pool and gives them back. Raises CannotStart if batch 1 and 3 differ."""
+    config = runner.model.config
+    context = min(_PROMPT_TOKENS + _REPLAYED + _DECODED, config.context_length)
+    if context < TILE:
+        raise CannotStart("model", f"its context of {context} is shorter than a tile ({TILE})", "use another model")
+    lengths = (context - _REPLAYED - _DECODED, *_COMPANY)
+    prompts = [_prompt(min(n, lengths[0]), config.vocab_size, salt=salt) for salt, n in enumerate(lengths)]
     blocks_each = runner.cache.layout.num_blocks(context)
     try:
         scratch = pool.allocate(blocks_each * len(prompts))
@@ -64,9 +67,9 @@ def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
     return Numerics(hashlib.sha256(named.encode() + alone).hexdigest()[:32], ingredients)
 
 
-def _prompt(runner: Runner, length: int, *, salt: int) -> tuple[int, ...]:
+def _prompt(length: int, vocab_size: int, *, salt: int) -> tuple[int, ...]:
     """Spread over the vocabulary without a random generator, whose stream could change between versions."""
-    return tuple((7919 * (index + 1) + 104729 * salt) % runner.model.config.vocab_size for index in range(length))
+    return tuple((7919 * (index + 1) + 104729 * salt) % vocab_size for index in range(length))
 
 
 def _outcome(runner: Runner, sequences: Sequence[_Sequence], *, cut: int | None) -> bytes:
@@ -74,34 +77,35 @@ def _outcome(runner: Runner, sequences: Sequence[_Sequence], *, cut: int | None)
     state = hashlib.sha256()
     watched = sequences[-1]
     if cut is not None:
-        runner.prefill([PrefillChunk(one.prompt[:cut], 0, one.block_table, False) for one in sequences])
+        runner.prefill([PrefillChunk(one.prompt[:cut], 0, one.block_table, needs_logits=False) for one in sequences])
     chunks = [
-        PrefillChunk(one.prompt[start:], start, one.block_table, True)
+        PrefillChunk(one.prompt[start:], start, one.block_table, needs_logits=True)
         for one in sequences
         if (start := cut or 0) < len(one.prompt)
     ]
     logits = runner.prefill(chunks)[-1]
-    position, tokens = len(watched.prompt), list(watched.prompt[:_REPLAYED])
-    for _ in range(1 + _DECODED):
-        if not bool(torch.isfinite(logits).all()):
-            raise CannotStart("model", "the start-up check gives NaN or infinite logits", "check the weights and the dtype")
+    done, tokens = 0, list(watched.prompt[:_REPLAYED])
+    for step in range(1 + _DECODED):
+        _require_finite(logits)
         state.update(logits.cpu().numpy().tobytes())
-        rows = [_company_row(one, position) for one in sequences[:-1]]
+        rows = [DecodeRow(one.prompt[step], len(one.prompt) + step, one.block_table) for one in sequences[:-1]]
+        position = len(watched.prompt) + done
         rows += [DecodeRow(token, position + index, watched.block_table) for index, token in enumerate(tokens)]
         logits = runner.decode(rows)[-1]
-        position += len(tokens)
+        done += len(tokens)
         tokens = [int(logits.argmax())]
+    _require_finite(logits)
     state.update(logits.cpu().numpy().tobytes())
-    for rows in runner.cache.layers[LATENT_PLANE]:
-        latents = rows[torch.tensor(list(watched.block_table), device=rows.device)].flatten(0, 1)[:position]
+    blocks = torch.tensor(list(watched.block_table), device=runner.model.device)
+    for layer in runner.cache.layers[LATENT_PLANE]:
+        latents = layer[blocks].flatten(0, 1)[: len(watched.prompt) + done]
         state.update(latents.cpu().view(torch.uint8).numpy().tobytes())
     return state.digest()
 
 
-def _company_row(sequence: _Sequence, position: int) -> DecodeRow:
-    """Another sequence's next token; its place in its own context follows the watched one's steps."""
-    own = len(sequence.prompt) + (position - _PROMPT_TOKENS) % (_REPLAYED + _DECODED)
-    return DecodeRow(sequence.prompt[position % len(sequence.prompt)], own, sequence.block_table)
+def _require_finite(logits: torch.Tensor) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise CannotStart("model", "the start-up check gives NaN or infinite logits", "check the weights and the dtype")
 
 
 def _ingredients(runner: Runner) -> dict[str, str]:

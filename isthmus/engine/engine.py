@@ -44,7 +44,7 @@ class Engine:
         num_blocks: int | None = None,
         cache_bytes: int = 256 << 20,
     ) -> "Engine":
-        """Loads the weights and runs the canary. `num_blocks` None: as many as `cache_bytes` hold. Raises CannotStart."""
+        """Loads the weights, runs the canary. `num_blocks` None: as many as `cache_bytes` hold. Raises CannotStart."""
         if dtype not in TORCH_DTYPES:
             raise CannotStart("dtype", f"{dtype!r} is not served", f"set --dtype to one of {', '.join(TORCH_DTYPES)}")
         if block_size not in BLOCK_SIZES:

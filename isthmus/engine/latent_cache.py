@@ -11,7 +11,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LatentCache:
-    """`layers[plane][layer]` is [num_blocks, block_size, row_elements]; written by the worker's step loop and by the receiver."""
+    """`layers[plane][layer]` is [num_blocks, block_size, row_elements], written by the step loop and by the receiver."""
 
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
@@ -19,7 +19,9 @@ class LatentCache:
         # One row past the last block stays zero: steps read it in place of keys that must not be seen.
         self._rows = [
             [
-                torch.zeros(self.shape.zero_slot + 1, plane.row_elements, dtype=TORCH_DTYPES[plane.dtype], device=device)
+                torch.zeros(
+                    self.shape.zero_slot + 1, plane.row_elements, dtype=TORCH_DTYPES[plane.dtype], device=device
+                )
                 for _ in range(plane.num_layers)
             ]
             for plane in layout.planes
@@ -34,7 +36,7 @@ class LatentCache:
         return self.shape.num_blocks
 
     def rows(self, plane: int) -> list[Tensor]:
-        """Per layer [num_blocks * block_size + 1, row_elements]: slot = block * block_size + offset; the last row is zeros."""
+        """Per layer [slots + 1, row_elements]; a slot is block * block_size + offset, the last row is zeros."""
         return self._rows[plane]
 
     def memory(self, plane: int, layer: int) -> memoryview:

@@ -119,16 +119,16 @@ def _penalise(adjusted_V: _Floats, sequence: SamplingInput) -> None:
     """Repetition counts prompt and output; frequency and presence count output. In place; stays finite."""
     sampling = sequence.request.sampling
     counts = Counter(sequence.token_ids)
+    limits = np.finfo(np.float32)
     with np.errstate(over="ignore"):
         if sampling.repetition_penalty != 1:
             seen = list(counts.keys() | set(sequence.request.prompt_token_ids))
             values, penalty = adjusted_V[seen], np.float32(sampling.repetition_penalty)
-            adjusted_V[seen] = np.where(values > 0, values / penalty, values * penalty)
+            adjusted_V[seen] = np.where(values > 0, values / penalty, values * penalty).clip(limits.min, limits.max)
         if counts:
             repeats = np.array(list(counts.values()), dtype=np.float32)
             penalties = repeats * np.float32(sampling.frequency_penalty) + np.float32(sampling.presence_penalty)
             adjusted_V[list(counts)] -= penalties
-    limits = np.finfo(np.float32)
     adjusted_V.clip(limits.min, limits.max, out=adjusted_V)
 
 

@@ -1,4 +1,4 @@
-"""The MLA decoder in torch: weights from a checkpoint, one forward for prefill and decode. Imports kernels, no services."""
+"""The MLA decoder in torch: weights from a checkpoint, one forward for prefill and decode."""
 
 from isthmus.model.load import load_model
 from isthmus.model.model import Model

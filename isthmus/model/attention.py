@@ -51,16 +51,20 @@ def project_and_store(attention: Attention, x_ND: Tensor, rows: Rows, cache_SL: 
     shape, group = attention.shape, rows.group
     x = ref.rms_norm(x_ND, attention.norm, eps=attention.norm_eps)
     qkv = ref.grouped_matmul(x, attention.qkv_a, group=group)
-    q, latent, k_pe = qkv.split((qkv.shape[1] - shape.latent - shape.rope, shape.latent, shape.rope), dim=-1)
+    latent_start = qkv.shape[1] - shape.latent - shape.rope
+    q = qkv.narrow(1, 0, latent_start)
     if attention.q_b is not None and attention.q_a_norm is not None:
         q = ref.rms_norm(q, attention.q_a_norm, eps=attention.latent_norm_eps)
         q = ref.grouped_matmul(q, attention.q_b, group=group)
-    q = q.unflatten(-1, (shape.num_heads, -1))
+    q = q.view(-1, shape.num_heads, shape.nope + shape.rope)
     # The shared key rides along as one more head.
-    rotated = ref.rotate(torch.cat((q[..., shape.nope :], k_pe.unsqueeze(1)), dim=1), rows.cos, rows.signed_sin)
+    k_pe = qkv.narrow(1, latent_start + shape.latent, shape.rope).unsqueeze(1)
+    pe = ref.rotate(torch.cat((q.narrow(2, shape.nope, shape.rope), k_pe), dim=1), rows.cos, rows.signed_sin)
+    latent = qkv.narrow(1, latent_start, shape.latent)
     latent = ref.rms_norm(latent, attention.kv_a_norm, eps=attention.latent_norm_eps)
-    ref.write_latents(cache_SL, rows.slots, latent[: rows.num_rows], rotated[: rows.num_rows, -1])
-    return Queries(q[..., : shape.nope], rotated[:, :-1])
+    n = rows.num_rows
+    ref.write_latents(cache_SL, rows.slots, latent.narrow(0, 0, n), pe.select(1, shape.num_heads).narrow(0, 0, n))
+    return Queries(q.narrow(2, 0, shape.nope), pe.narrow(1, 0, shape.num_heads))
 
 
 def attend_prefill(attention: Attention, queries: Queries, cache_SL: Tensor, tiles: ref.PrefillTiles) -> Tensor:
@@ -70,18 +74,20 @@ def attend_prefill(attention: Attention, queries: Queries, cache_SL: Tensor, til
     return ref.grouped_matmul(out.flatten(1).to(attention.o.dtype), attention.o, group=ref.TILE)
 
 
-def attend_decode(attention: Attention, queries: Queries, cache_SL: Tensor, pairs: tuple[ref.DecodePairs, ...]) -> Tensor:
-    """[N, D] of the attention block; `pairs` cover consecutive runs of the real rows, padding rows give zeros' image."""
+def attend_decode(
+    attention: Attention, queries: Queries, cache_SL: Tensor, pairs: tuple[ref.DecodePairs, ...]
+) -> Tensor:
+    """[N, D] of the attention block; `pairs` cover consecutive runs of the real rows, padding rows attend to nothing."""
     shape, group = attention.shape, ref.DECODE_GROUP
-    absorbed = ref.grouped_head_matmul(queries.q_nope_NHK, attention.key_up, group=group).float()
-    q = torch.cat((absorbed, queries.q_pe_NHR), dim=-1).mul_(attention.scale)
-    context = q.new_zeros(q.shape[0], shape.num_heads, shape.latent)
+    absorbed_HNC = ref.grouped_head_matmul(queries.q_nope_NHK, attention.key_up, group=group).float()
+    q_NLH = torch.cat((absorbed_HNC.permute(1, 2, 0), queries.q_pe_NHR.transpose(1, 2)), dim=1).mul_(attention.scale)
+    context_NHC = q_NLH.new_zeros(q_NLH.shape[0], shape.num_heads, shape.latent)
     first = 0
     for part in pairs:
         count = part.rows_with_tile[0]
-        context[first : first + count] = ref.paged_mla_decode(
-            q[first : first + count], cache_SL, part, latent_rank=shape.latent
-        )
+        q = q_NLH.narrow(0, first, count)
+        attended = ref.paged_mla_decode(q, cache_SL, part, latent_rank=shape.latent)
+        context_NHC.narrow(0, first, count).copy_(attended)
         first += count
-    out = ref.grouped_head_matmul(context.to(attention.value_up.dtype), attention.value_up, group=group)
-    return ref.grouped_matmul(out.flatten(1), attention.o, group=group)
+    out_HNV = ref.grouped_head_matmul(context_NHC.to(attention.value_up.dtype), attention.value_up, group=group)
+    return ref.grouped_matmul(out_HNV.transpose(0, 1).flatten(1), attention.o, group=group)

@@ -33,10 +33,10 @@ class ExpertsMlp:
     def forward(self, x_ND: Tensor, num_rows: int, *, group: int) -> Tensor:
         """[N, D]; padding rows get the shared expert alone, or zeros."""
         routing = self.route(x_ND, group=group)
-        routing = ref.Routing(routing.weights_NA[:num_rows], routing.expert_ids_NA[:num_rows])
-        routed = ref.expert_mlps(x_ND[:num_rows], routing, self.gate_up, self.down).to(x_ND.dtype)
+        routing = ref.Routing(routing.weights_NA.narrow(0, 0, num_rows), routing.expert_ids_NA.narrow(0, 0, num_rows))
+        routed = ref.expert_mlps(x_ND, routing, self.gate_up, self.down).to(x_ND.dtype)
         out = torch.zeros_like(x_ND) if self.shared is None else self.shared.forward(x_ND, num_rows, group=group)
-        out[:num_rows] += routed
+        out.narrow(0, 0, num_rows).add_(routed)
         return out
 
     def route(self, x_ND: Tensor, *, group: int) -> ref.Routing:

@@ -1,4 +1,4 @@
-"""Rotary tables with YaRN, equal to transformers' `_compute_yarn_parameters`, and the attention scale that goes with them."""
+"""Rotary tables with YaRN (transformers' `_compute_yarn_parameters`), and the attention scale that goes with them."""
 
 import math
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """What one step computes, laid out as index tensors before the first layer runs: rows, cache slots, tiles.
 
-Positions are absolute. A row is a token to compute; rows are padded to the step's group with copies of token 0 at position 0,
-whose results are never read and whose latents are never stored.
+Positions are absolute. A row is a token to compute. Rows are padded to the step's group with token 0 at position 0: results
+of padding are never read, its latents never stored.
 """
 
 from collections.abc import Sequence
@@ -151,7 +151,7 @@ def _to(rows: StepRows, device: torch.device) -> StepRows:
 
 
 def _padded_table(block_table: Sequence[int], num_positions: int, cache: CacheShape) -> np.ndarray:
-    """The blocks of `num_positions`, padded to whole tiles with block 0 (its slots are replaced before they are read)."""
+    """The blocks of `num_positions`, padded to whole tiles with block 0, whose slots are replaced before any read."""
     num_blocks = -(-num_positions // cache.block_size)
     table = np.zeros(-(-num_positions // TILE) * (TILE // cache.block_size), dtype=np.int64)
     table[:num_blocks] = block_table[:num_blocks]
@@ -178,7 +178,7 @@ def _decode_pairs(
         slots=torch.from_numpy(slots[exists].reshape(-1)).to(device),
         hidden=torch.from_numpy(hidden.reshape(-1, most, TILE).swapaxes(0, 1)[exists][:, None]).to(device),
         row=torch.from_numpy(np.nonzero(exists)[1]).to(device),
-        of_row=torch.from_numpy(np.ascontiguousarray(of_row.T)).to(device),
+        of_row=torch.from_numpy(of_row.reshape(-1)).to(device),
         rows_with_tile=tuple(exists.sum(axis=1).tolist()),
     )
     return pairs, cache.slots(tables, own[:, None])[:, 0]

@@ -48,7 +48,11 @@ def check_tensors(checkpoint: Checkpoint) -> TensorNames:
         ),
         *_fault(
             f"of a dtype other than {'/'.join(_DTYPES)}",
-            [f"{name} {entry.dtype}" for name, entry in present.items() if name in known and entry.dtype not in _DTYPES],
+            [
+                f"{name} {entry.dtype}"
+                for name, entry in present.items()
+                if name in known and entry.dtype not in _DTYPES
+            ],
         ),
     ]
     if faults:
@@ -110,14 +114,15 @@ def _expert_shapes(hidden_size: int, experts: Experts) -> Iterator[tuple[str, tu
 
 
 def _draft_shapes(config: ModelConfig, present: Iterable[str]) -> tuple[Shapes, Shapes]:
-    """Required and optional tensors of the draft layers; the tensors decide how many there are, config.json often lies."""
+    """Required and optional tensors of draft layers; the tensors say how many there are, config.json often lies."""
     layers = {int(found[1]) for name in present if (found := _LAYER.match(name)) and name.endswith(".eh_proj.weight")}
     D, required, optional = config.hidden_size, Shapes(), Shapes()
     for layer in sorted(layer for layer in layers if layer >= config.num_layers):
         prefix = f"model.layers.{layer}."
         required |= _layer_shapes(config, layer, dense=False)
         required |= _prefixed(
-            prefix, {"enorm.weight": (D,), "hnorm.weight": (D,), "eh_proj.weight": (D, 2 * D), "shared_head.norm.weight": (D,)}
+            prefix,
+            {"enorm.weight": (D,), "hnorm.weight": (D,), "eh_proj.weight": (D, 2 * D), "shared_head.norm.weight": (D,)},
         )
         tables = {"embed_tokens.weight": (config.vocab_size, D), "shared_head.head.weight": (config.vocab_size, D)}
         optional |= _prefixed(prefix, tables)

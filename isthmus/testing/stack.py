@@ -60,7 +60,13 @@ def running_stack(*flags: str, env: dict[str, str] | None = None) -> Iterator[St
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(5)
+        close(process)
+
+
+def close(process: "subprocess.Popen[str]") -> None:
+    """Reaps an ended supervisor and closes what it wrote to."""
+    with process:
+        process.wait(5)
 
 
 def start_supervisor(*flags: str, env: dict[str, str] | None = None) -> "subprocess.Popen[str]":

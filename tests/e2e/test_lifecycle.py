@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from isthmus.testing.stack import Client, Stack, alive, read_ready, request, running_stack, start_supervisor, until
+from isthmus.testing.stack import Client, Stack, alive, close, read_ready, request, running_stack, start_supervisor, until
 
 
 def test_sigterm_ends_everything_within_5_s() -> None:
@@ -46,7 +46,7 @@ async def test_sigkill_of_the_supervisor_leaves_no_child() -> None:
     process = start_supervisor()
     stack = Stack(process, read_ready(process))
     process.kill()
-    process.wait(5)
+    close(process)
 
     async def gone() -> bool:
         return not alive(stack.pids())

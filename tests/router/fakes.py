@@ -1,4 +1,4 @@
-"""Scripted prefill and decode workers behind real gRPC ports, and a router over them; the registry is the in-memory twin."""
+"""Scripted prefill and decode workers behind real gRPC ports, and a router over them and an in-memory registry."""
 
 import asyncio
 import contextlib
@@ -21,8 +21,15 @@ from isthmus.metrics import Metrics
 from isthmus.rpc import PUBLIC_RECEIVE_BYTES, channel, create_server
 from isthmus.rpc_errors import error_from_rpc
 from isthmus.types import BlockCounts
-from isthmus.v1 import decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc, prefill_pb2, prefill_pb2_grpc
-from isthmus.v1 import types_pb2
+from isthmus.v1 import (
+    decode_pb2,
+    decode_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    prefill_pb2,
+    prefill_pb2_grpc,
+    types_pb2,
+)
 from isthmus.vocabulary import Vocabulary
 from kv_transfer.ownership import WorkerLoad, WorkerRecord
 from kv_transfer.ownership_memory import MemoryOwnership
@@ -219,7 +226,12 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
         self.hold_first_token: asyncio.Event | None = None
         self.commits = True
         self.done = prefill_pb2.Done(
-            acked=True, prefill_ms=3.0, transfer_exposed_ms=0.5, transfer_bytes=4096, transfer_blocks=2, transfer_frames=4
+            acked=True,
+            prefill_ms=3.0,
+            transfer_exposed_ms=0.5,
+            transfer_bytes=4096,
+            transfer_blocks=2,
+            transfer_frames=4,
         )
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> AsyncIterator[Any]:  # noqa: N802
@@ -328,15 +340,21 @@ class RunningRouter:
     async def is_quiet(self) -> None:
         """Waits until nothing of any request is left: here, on the fakes, and among the tasks."""
         async with asyncio.timeout(5):
-            while self._left():
+            while self._left():  # noqa: ASYNC110 - looks at many things that send no event
                 await asyncio.sleep(0.01)
 
     def _left(self) -> list[str]:
         left = [f"stream {request_id} on {d.name}" for d in self.cluster.decode for request_id in d.streams]
         left += [f"{p.num_running} calls on {p.name}" for p in self.cluster.prefill if p.num_running]
-        left += [f"{worker.num_tokens_ahead} tokens ahead" for worker in self.pool.prefill.values() if worker.num_tokens_ahead]
+        left += [
+            f"{worker.num_tokens_ahead} tokens ahead"
+            for worker in self.pool.prefill.values()
+            if worker.num_tokens_ahead
+        ]
         left += [f"{worker.reserved_blocks} blocks" for worker in self.pool.decode.values() if worker.reserved_blocks]
-        left += [f"{worker.session.num_streams} routed" for worker in self.pool.decode.values() if worker.session.num_streams]
+        left += [
+            f"{worker.session.num_streams} routed" for worker in self.pool.decode.values() if worker.session.num_streams
+        ]
         left += [f"{len(worker.calls)} calls" for worker in self.pool.prefill.values() if worker.calls]
         left += [f"{self.admission.num_streams} slots"] * bool(self.admission.num_streams)
         left += [f"{self.admission.num_queued} queued"] * bool(self.admission.num_queued)
@@ -352,6 +370,16 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     num_chunks: int = 0
+
+    @property
+    def start(self) -> inference_pb2.Accepted:
+        assert self.accepted is not None
+        return self.accepted
+
+    @property
+    def end(self) -> inference_pb2.Finished:
+        assert self.finished is not None
+        return self.finished
 
     def take(self, response: inference_pb2.GenerateResponse) -> None:
         match response.WhichOneof("event"):
@@ -422,7 +450,7 @@ async def serving(server: InferenceServer) -> AsyncIterator[str]:
 
 async def until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
     assert condition(), what
 

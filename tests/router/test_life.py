@@ -33,13 +33,13 @@ async def test_streams_every_token_once_and_accounts_for_it(router: RunningRoute
 
     assert bytes(result.token_ids) == SCRIPT[:20]
     assert result.text == SCRIPT[:20].decode()
-    assert result.accepted and result.accepted.seed == 7
-    finished = result.finished
-    assert finished and finished.finish_reason == types_pb2.FINISH_REASON_LENGTH
+    assert result.start.seed == 7
+    finished = result.end
+    assert finished.finish_reason == types_pb2.FINISH_REASON_LENGTH
     assert (finished.usage.num_prompt_tokens, finished.usage.num_generated_tokens) == (5, 20)
     assert finished.usage.num_cached_tokens == 5
     assert (finished.workers.prefill, finished.workers.decode, finished.num_attempts) == ("p0", "d0", 1)
-    assert finished.timings.transfer_bytes == 4096 and finished.timings.prefill_ms == 3.0
+    assert (finished.timings.transfer_bytes, finished.timings.prefill_ms) == (4096, 3.0)
     assert 0 < finished.timings.ttft_ms <= finished.timings.total_ms
     assert not router.cluster.decode[0].cancels
 
@@ -58,8 +58,8 @@ async def test_max_tokens_one_needs_no_decode(router: RunningRouter) -> None:
     result = await router.generate(ask(max_tokens=1))
 
     assert bytes(result.token_ids) == SCRIPT[:1]
-    assert result.finished and result.finished.finish_reason == types_pb2.FINISH_REASON_LENGTH
-    assert result.finished.workers.decode == ""
+    assert result.end.finish_reason == types_pb2.FINISH_REASON_LENGTH
+    assert result.end.workers.decode == ""
     assert not router.cluster.decode[0].cancels
 
 
@@ -69,7 +69,7 @@ async def test_eos_at_token_zero_ends_the_request(router: RunningRouter) -> None
     result = await router.generate(ask(max_tokens=9))
 
     assert (result.token_ids, result.text) == ([EOS], "")
-    assert result.finished and result.finished.finish_reason == types_pb2.FINISH_REASON_STOP
+    assert result.end.finish_reason == types_pb2.FINISH_REASON_STOP
 
 
 async def test_eos_later_is_counted_but_is_no_text(router: RunningRouter) -> None:
@@ -81,7 +81,7 @@ async def test_eos_later_is_counted_but_is_no_text(router: RunningRouter) -> Non
     result = await router.generate(ask(max_tokens=9))
 
     assert (result.text, result.token_ids[-1]) == ("The", EOS)
-    assert result.finished and result.finished.usage.num_generated_tokens == 4
+    assert result.end.usage.num_generated_tokens == 4
 
 
 @pytest.mark.parametrize(("include_stop", "text"), [(False, "The quick "), (True, "The quick brown")])
@@ -92,7 +92,7 @@ async def test_stop_string_across_tokens_ends_the_request(router: RunningRouter,
 
     assert result.text == text
     assert bytes(result.token_ids) == b"The quick brown"
-    assert result.finished and result.finished.finish_reason == types_pb2.FINISH_REASON_STOP
+    assert result.end.finish_reason == types_pb2.FINISH_REASON_STOP
     await until(lambda: len(router.cluster.decode[0].cancels) == 1, "decode was told")
     assert router.cluster.decode[0].cancels[0].finish_reason == types_pb2.FINISH_REASON_STOP
 
@@ -195,7 +195,7 @@ async def test_prefill_lost_before_its_token_is_repeated_elsewhere(router: Runni
     result = await router.generate(ask(max_tokens=6))
 
     assert bytes(result.token_ids) == SCRIPT[:6]
-    assert result.finished and result.finished.num_attempts == 2
+    assert result.end.num_attempts == 2
     assert len(spare.requests) == 1
     assert [reserve.attach.counter for reserve in router.cluster.decode[0].reserves] == [1, 2]
 
@@ -327,7 +327,7 @@ async def test_full_decode_workers_are_asked_in_turn(router: RunningRouter) -> N
 
     assert result.text == "The"
     assert len(_reserves(router)) == 2
-    assert result.finished and result.finished.num_attempts == 1
+    assert result.end.num_attempts == 1
     assert spare.streams == {}
 
 

@@ -101,7 +101,7 @@ async def test_bidirectional_stream_is_mapped():
 
 @pytest.mark.parametrize("method", ["Tokenize", "Generate"])
 async def test_unexpected_error_shows_only_an_id(method: str, caplog: pytest.LogCaptureFixture):
-    secret = "/home/user/model at 0x7f00 token=hunter2"
+    secret = "/srv/model at 0x7f00 token=hunter2"
     async with serving(Inference(ValueError(secret))) as opened:
         stub = inference_pb2_grpc.InferenceServiceStub(opened)
         with pytest.raises(grpc.aio.AioRpcError) as caught:  # noqa: PT012 - one of two calls

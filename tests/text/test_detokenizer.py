@@ -44,14 +44,14 @@ def first_end(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
 
 
 @given(ANY_IDS)
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_released_text_is_the_library_s_decoding(token_ids: list[int]) -> None:
     expected = LIBRARY.decode(token_ids, skip_special_tokens=True)
     assert run(TOKENIZER.detokenizer(), token_ids) == TOKENIZER.decode(token_ids) == expected
 
 
 @given(ANY_IDS)
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_released_text_depends_on_earlier_tokens_only(token_ids: list[int]) -> None:
     detokenizer, released = TOKENIZER.detokenizer(), ""
     for count, token_id in enumerate(token_ids, 1):
@@ -62,7 +62,7 @@ def test_released_text_depends_on_earlier_tokens_only(token_ids: list[int]) -> N
 
 
 @given(st.text(max_size=30))
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_valid_text_is_never_broken(text: str) -> None:
     detokenizer = TOKENIZER.detokenizer()
     parts = [detokenizer.push(token_id).text for token_id in TOKENIZER.encode(text)]
@@ -95,7 +95,7 @@ def test_special_and_unknown_tokens_release_nothing(bundled: Tokenizer) -> None:
 
 
 @given(SMALL_IDS, STOPS, st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_text_ends_at_the_first_stop_string(token_ids: list[int], stops: list[str], include_stop: bool) -> None:
     detokenizer = Detokenizer(SMALL, stops, include_stop=include_stop)
     assert run(detokenizer, token_ids) == cut(text_of(token_ids), stops, include_stop)
@@ -107,7 +107,7 @@ def cut(text: str, stops: Sequence[str], include_stop: bool) -> str:
 
 
 @given(SMALL_IDS, STOPS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_only_a_possible_beginning_of_a_stop_string_is_held_back(token_ids: list[int], stops: list[str]) -> None:
     detokenizer, released = Detokenizer(SMALL, stops), ""
     for count, token_id in enumerate(token_ids, 1):

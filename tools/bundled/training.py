@@ -16,7 +16,7 @@ from .rows import TOKENS_PER_BATCH, Rows, loss_weights
 
 MTP_SHARE, MTP_WEIGHT = 0.25, 0.3
 BALANCE_STEP, BALANCE_UNTIL = 0.004, 0.9
-LATE_BATCHES, LATE_FROM = 2, 0.5  # batches per step once small noisy steps no longer pay
+LATE_BATCHES, LATE_FROM = 2, 0.7  # batches per step once small noisy steps no longer pay
 REPORT_EVERY, SAVE_EVERY = 25, 150
 
 
