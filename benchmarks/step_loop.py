@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_loop [--steps 300] [--rounds 5] [--batch 8]
 
-One process decodes a batch on the bundled checkpoint while a second one keeps four transfers of 1,024 tokens under way to
-its receiver, as fast as they are acknowledged. Idle and busy rounds alternate; goal: p99 busy <= 1.3 x p99 idle.
+One process decodes a batch on the bundled checkpoint while a second one keeps four transfers of 1,024 tokens under way
+to its receiver, as fast as they are acknowledged. Idle and busy rounds alternate; goal: p99 busy <= 1.3 x p99 idle.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from collections.abc import Callable
 from benchmarks.machine import describe, quantile
 from isthmus.checkpoint import Checkpoint, resolve_model
 from isthmus.engine.engine import Engine
-from isthmus.worker_engine import transfer_memory
 from isthmus.engine.runner import DecodeRow, PrefillChunk
 from isthmus.ids import new_incarnation, new_transfer_id
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
+from isthmus.worker_engine import transfer_memory
 from kv_transfer.events import ClaimedTransfer, FailedTransfer, TransferEvents
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver

@@ -13,10 +13,10 @@ from decode_service.worker import StepLoop
 from isthmus.admin import ServiceHooks
 from isthmus.config import DecodeConfig
 from isthmus.engine.engine import Engine
-from isthmus.worker_engine import engine_status, open_engine, transfer_memory
 from isthmus.serving import Face, GrpcService, Stop, serve_until_signal
 from isthmus.v1 import admin_pb2, decode_pb2_grpc
 from isthmus.worker_context import WorkerContext
+from isthmus.worker_engine import engine_status, open_engine, transfer_memory
 from kv_transfer.events import ReceiverOptions, TransferEvents
 from kv_transfer.membership import Membership, running
 from kv_transfer.mirror import HandoffMirror

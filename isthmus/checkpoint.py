@@ -1,4 +1,4 @@
-"""A model directory in Hugging Face form: config.json, safetensors, tokenizer. Read without torch, never through pickle."""
+"""A model directory in Hugging Face form: config.json, safetensors, tokenizer. Needs no torch, never unpickles."""
 
 import json
 from collections.abc import Mapping

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NoReturn
 
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
@@ -82,16 +84,33 @@ class Stop:
 Work = Callable[[Stop], AbstractAsyncContextManager[None]]
 
 
-def run_service(
-    config_class: type[ConfigT], main: Callable[[ConfigT], Awaitable[None]], argv: Sequence[str] | None = None
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Phases:
+    """How far the process's life has come."""
+
+    entered: asyncio.Event = field(default_factory=asyncio.Event)
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def run_service(config_class: type[ConfigT], main: Callable[[ConfigT], Awaitable[None]]) -> NoReturn:
+    """The whole process, from its flags to its end. Everything was closed by then: the interpreter's own teardown,
+
+    a second or two once torch is loaded, is skipped.
+    """
+    status = exit_status(config_class, main, sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def exit_status(config_class: type[ConfigT], main: Callable[[ConfigT], Awaitable[None]], argv: Sequence[str]) -> int:
     """The exit status: 0 after a drain, 2 if the process cannot start (one line on stderr says why), 1 for all else."""
 
     async def run(config: ConfigT) -> None:
         await main(config)
 
     try:
-        config = load(config_class, sys.argv[1:] if argv is None else argv)
+        config = load(config_class, argv)
         log.configure(config.name, config.log_level)
         asyncio.run(run(config))
     except KeyboardInterrupt:
@@ -117,16 +136,18 @@ async def serve_until_signal(face: Face, work: Work, *, drain_s: float = DRAIN_S
     face.hooks.metrics.watch_status(admin.current_status)
     with _signals(stop):
         async with _open_ports(face, admin) as server:
-            entered = asyncio.Event()
+            phases = _Phases()
 
             async def live() -> None:
                 async with work(stop):
-                    entered.set()
+                    phases.entered.set()
                     await stop.wait()
                     await _drain(stop, admin, drain_s)
                     await server.stop(_RPC_GRACE_S)  # before the work closes: no handler may outlive what it uses
+                    phases.drained.set()
 
-            await _wait_bounded(asyncio.create_task(live(), name="life"), stop, entered, drain_s)
+            await _wait_bounded(asyncio.create_task(live(), name="life"), stop, phases)
+    _log.info("service.closed")
     if stop.error is not None:
         raise stop.error
 
@@ -137,19 +158,27 @@ async def _drain(stop: Stop, admin: AdminServicer, drain_s: float) -> None:
     _log.info("service.drained", num_left=num_left)
 
 
-async def _wait_bounded(life: asyncio.Task[None], stop: Stop, entered: asyncio.Event, drain_s: float) -> None:
-    """Waits for the life to end; once stop is asked for, within the bound. Work still being entered is cancelled."""
-    asked = asyncio.create_task(stop.wait())
+async def _wait_bounded(life: asyncio.Task[None], stop: Stop, phases: _Phases) -> None:
+    """Waits for the life to end: without bound while it serves, and each phase of its end within its own."""
+    waits = asyncio.create_task(stop.wait()), asyncio.create_task(phases.drained.wait())
     try:
-        await asyncio.wait({life, asked}, return_when=asyncio.FIRST_COMPLETED)
-        if not life.done() and entered.is_set():
-            await asyncio.wait({life}, timeout=drain_s + _CLOSE_S)
+        await asyncio.wait({life, waits[0]}, return_when=asyncio.FIRST_COMPLETED)
+        if phases.entered.is_set():
+            await asyncio.wait({life, waits[1]}, return_when=asyncio.FIRST_COMPLETED)  # the drain bounds itself
+            await asyncio.wait({life}, timeout=_CLOSE_S)
+        if not life.done() and phases.entered.is_set():
+            _log.warning("service.late", waits_in=_where_tasks_wait())
     finally:
-        asked.cancel()
-        life.cancel()
+        for task in (*waits, life):
+            task.cancel()
         await asyncio.wait({life}, timeout=_CLOSE_S)
     if life.done() and not life.cancelled():
         life.result()
+
+
+def _where_tasks_wait() -> dict[str, str]:
+    frames = {task.get_name(): task.get_stack(limit=1) for task in asyncio.all_tasks()}
+    return {name: f"{stack[0].f_code.co_qualname}:{stack[0].f_lineno}" for name, stack in frames.items() if stack}
 
 
 async def _first_of(

@@ -1,13 +1,13 @@
 """Plain-torch definitions of the operations on the token path, written so that rows never see each other.
 
-Every product has one fixed shape per role: `group` rows at a time, or a batch of equal small products. A library picks its
-algorithm, and with it the order of summation, from the shape; measured with MKL, [N, 1000] @ [1000, 700] gives other bits
-from N = 256 on although N is a multiple of 16. Elementwise work uses only operations whose bits do not depend on where in a
+Every product has one fixed shape per role: `group` rows at a time, or a batch of equal small products. A library picks
+its algorithm, and with it the order of summation, from the shape: in MKL [N, 1000] @ [1000, 700] gives other bits from
+N = 256 on, although N is a multiple of 16. Elementwise work uses only operations whose bits do not depend on where in a
 tensor an element lies (no sigmoid, silu, softplus); sums run along contiguous rows or in a written order.
 
-Shapes: N rows of a step, padded to its group; B rows that are real; D hidden size; H heads; K query/key elements of a head;
-C latent rank; R rotary elements; L = C + R; V value elements of a head; E experts; A experts per token; S cache slots;
-P (row, tile) pairs.
+Shapes: N rows of a step, padded to its group; B rows that are real; D hidden size; H heads; K query/key elements of a
+head; C latent rank; R rotary elements; L = C + R; V value elements of a head; E experts; A experts per token; S cache
+slots; P (row, tile) pairs; T tiles.
 """
 
 from collections.abc import Sequence

@@ -53,12 +53,14 @@ class RedisOwnership:
         self._counts = Counters()
         self._in_flight: set[asyncio.Task[Any]] = set()
         # Any: the library's command types cannot say that nothing is decoded.
-        self._client: Any = redis.asyncio.Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            max_connections=_MAX_CONNECTIONS,
-            decode_responses=False,
+        self._client: Any = redis.asyncio.Redis.from_pool(
+            redis.asyncio.BlockingConnectionPool.from_url(
+                url,
+                max_connections=_MAX_CONNECTIONS,
+                timeout=timeout_s,  # for a free connection
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+            )
         )
         self._begin_handoff = self._script("begin_handoff")
         self._advance_handoff = self._script("advance_handoff")

@@ -8,10 +8,10 @@ from functools import partial
 from isthmus.admin import ServiceHooks
 from isthmus.config import PrefillConfig
 from isthmus.engine.engine import Engine
-from isthmus.worker_engine import engine_status, open_engine, transfer_memory
 from isthmus.serving import Face, GrpcService, Stop, serve_until_signal
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
 from isthmus.worker_context import WorkerContext
+from isthmus.worker_engine import engine_status, open_engine, transfer_memory
 from kv_transfer.membership import Membership
 from kv_transfer.ownership import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory

@@ -56,7 +56,7 @@ class Line:
         except (asyncio.CancelledError, TimeoutError) as error:
             if turn.done() and not turn.cancelled():
                 self._release()  # the permit was handed over in the same moment
-            else:
+            elif (order, turn) in self._waiting:  # a release since then may have passed it over
                 self._waiting.remove((order, turn))
                 heapq.heapify(self._waiting)
             if isinstance(error, TimeoutError):

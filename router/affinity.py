@@ -1,4 +1,4 @@
-"""Which prefill worker last computed which prompt prefix, as far as this router remembers: a hint, never a promise."""
+"""Which workers last had which prompt prefix, as far as this router remembers: a hint, never a promise."""
 
 import hashlib
 import struct
@@ -14,19 +14,20 @@ class PrefixAffinity:
 
     def __init__(self, max_prefixes: int = MAX_PREFIXES):
         self._max_prefixes = max_prefixes
-        self._worker: OrderedDict[bytes, str] = OrderedDict()
+        self._workers: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
 
-    def remember(self, prefixes: Sequence[bytes], incarnation: str) -> None:
+    def remember(self, prefixes: Sequence[bytes], incarnations: tuple[str, ...]) -> None:
+        """The prefill and the decode worker of one request."""
         for prefix in prefixes:
-            self._worker[prefix] = incarnation
-            self._worker.move_to_end(prefix)
-        while len(self._worker) > self._max_prefixes:
-            self._worker.popitem(last=False)
+            self._workers[prefix] = incarnations
+            self._workers.move_to_end(prefix)
+        while len(self._workers) > self._max_prefixes:
+            self._workers.popitem(last=False)
 
     def num_prefix_tokens(self, prefixes: Sequence[bytes], incarnation: str) -> int:
-        """Length of the longest remembered prefix that `incarnation` computed."""
+        """Length of the longest remembered prefix that `incarnation` had."""
         for index in range(len(prefixes), 0, -1):
-            if self._worker.get(prefixes[index - 1]) == incarnation:
+            if incarnation in self._workers.get(prefixes[index - 1], ()):
                 return index * STRIDE_TOKENS
         return 0
 

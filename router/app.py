@@ -19,8 +19,7 @@ from isthmus.tokenizer import Tokenizer
 from isthmus.v1 import admin_pb2
 from kv_transfer.ownership import OpenStore, OwnershipStore, connected
 from router.admission import Admission
-from router.affinity import PrefixAffinity
-from router.dispatch import Dispatch, DispatchLimits
+from router.dispatch import Dispatch, DispatchSettings
 from router.placement import Placement
 from router.server import SERVICE, Backend, InferenceServer, ServerLimits
 from router.text import TextWorkers
@@ -80,9 +79,9 @@ class Router:
         )
 
     def _open_dispatch(self, pool: WorkerPool) -> Dispatch:
-        placement = Placement(pool, self._admission, PrefixAffinity(), self._clock)
-        limits = DispatchLimits(self._config.queue_timeout_s)
-        return Dispatch(placement, self._admission, limits, clock=self._clock, ledger=self._ledger)
+        placement = Placement(pool, self._admission, self._clock)
+        settings = DispatchSettings(self._config.name, self._config.queue_timeout_s)
+        return Dispatch(placement, self._admission, settings, clock=self._clock, ledger=self._ledger)
 
     def _model_facts(self, checkpoint: Checkpoint) -> ModelFacts:
         return ModelFacts(

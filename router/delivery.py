@@ -18,7 +18,9 @@ class Delivery:
         self._request = request
         self._context_length = context_length
         self._detokenizer = detokenizer
-        self._merge: TokenMerge[types_pb2.Token] = TokenMerge(request.sampling.max_tokens)
+        self._merge: TokenMerge[types_pb2.Token] = TokenMerge(
+            request.sampling.max_tokens, identity=lambda token: (token.id, token.logprob)
+        )
         self._token_ids: list[int] = []
         self._pending: list[types_pb2.Token] = []
         self._pending_text = ""

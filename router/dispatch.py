@@ -36,7 +36,8 @@ Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
-class DispatchLimits:
+class DispatchSettings:
+    router_name: str
     queue_timeout_s: float
     max_buffered_tokens: int = MAX_BUFFERED_TOKENS
 
@@ -61,11 +62,11 @@ class Dispatch:
     """Stateless between requests; pool, admission and placement hold what requests share."""
 
     def __init__(
-        self, placement: Placement, admission: Admission, limits: DispatchLimits, *, clock: Clock, ledger: Ledger
+        self, placement: Placement, admission: Admission, settings: DispatchSettings, *, clock: Clock, ledger: Ledger
     ):
         self._placement = placement
         self._admission = admission
-        self._limits = limits
+        self._settings = settings
         self._clock = clock
         self._ledger = ledger
 
@@ -74,11 +75,16 @@ class Dispatch:
         order = self._admission.order(call.request.priority)
         queue_deadline = self._queue_deadline(call.deadline)
         async with self._admission.slot(order, queue_deadline - self._clock.now()):
-            job = await self._job(call, order, queue_deadline)
-            await call.write(_accepted(call, job))
-            self._record(call, "request.accepted", num_prompt_tokens=len(job.request.prompt_token_ids))
-            await self._attempts(call, job)
-            await call.write(self.finished(call))
+            try:
+                job = await self._job(call, order, queue_deadline)
+                await call.write(_accepted(call, job))
+                self._record(call, "request.accepted", num_prompt_tokens=len(job.request.prompt_token_ids))
+                await self._attempts(call, job)
+                await call.write(self.finished(call))
+            except BaseException as error:  # the client gone included: the ledger tells how every request ended
+                cause = error.reason if isinstance(error, IsthmusError) else type(error).__name__
+                self._record(call, "request.failed", cause=cause)
+                raise
 
     def finished(self, call: Call) -> inference_pb2.GenerateResponse:
         """The last message; of a request ended by a Cancel call too."""
@@ -119,14 +125,15 @@ class Dispatch:
                 # With more than token 0 delivered this would be a recovery that replays, not a repetition.
                 is_worth_it = isinstance(failed.error, _RETRYABLE) and call.delivery.num_tokens <= 1
                 if call.num_attempts >= MAX_ATTEMPTS or not is_worth_it:
+                    await self._flush(call)  # what came before the failure is good
                     raise failed.error from failed
                 job = replace(job, queue_deadline=self._queue_deadline(job.deadline))
             else:
                 return
 
     async def _attempt(self, call: Call, job: Job, avoid: set[str]) -> None:
-        inbox = Inbox(self._clock.now, lambda: _give_up_client(call), max_tokens=self._limits.max_buffered_tokens)
-        ask = Ask(job, call.num_attempts, inbox, frozenset(avoid), self._clock.now())
+        inbox = Inbox(self._clock.now, lambda: _give_up_client(call), max_tokens=self._settings.max_buffered_tokens)
+        ask = Ask(job, call.num_attempts, inbox, frozenset(avoid))
         async with self._placement.place(ask) as placed:
             self._note_placed(call, placed)
             request = _prefill_request(job, placed, job.deadline - self._clock.now())
@@ -145,11 +152,7 @@ class Dispatch:
         """Passes tokens on as they come, several in one message when the client is slower than they are."""
         delivery, stream = call.delivery, placed.decode.stream
         while delivery.finish_reason is None:
-            try:
-                await attempt.advance()
-            except IsthmusError:
-                await self._flush(call)  # what came before the failure is good
-                raise
+            await attempt.advance()
             call.num_cached_tokens = attempt.num_cached_tokens
             if delivery.finish_reason is not None:
                 if attempt.needs_no_decode or (delivery.num_tokens > 1 and not delivery.is_cut_by_text):
@@ -168,7 +171,8 @@ class Dispatch:
         prefill, decode = placed.prefill.worker.record, placed.decode.worker.record
         if call.timeline.placed_at is None:
             call.timeline.placed_at = self._clock.now()
-        call.served_by.prefill, call.served_by.decode = prefill.name, decode.name
+        names = inference_pb2.ServedBy(router=self._settings.router_name, prefill=prefill.name, decode=decode.name)
+        call.served_by.CopyFrom(names)
         transfer_id = placed.decode.stream.reserved.transfer_id
         self._record(
             call, "request.placed", transfer_id=transfer_id, prefill=prefill.incarnation, decode=decode.incarnation
@@ -184,7 +188,7 @@ class Dispatch:
             avoid.add(placed.decode.worker.record.incarnation)
 
     def _queue_deadline(self, deadline: float) -> float:
-        return min(deadline, self._clock.now() + self._limits.queue_timeout_s)
+        return min(deadline, self._clock.now() + self._settings.queue_timeout_s)
 
     def _record(self, call: Call, event: str, *, cause: str = "", transfer_id: str = "", **fields: object) -> None:
         self._ledger.record(

@@ -1,6 +1,6 @@
 """Two token sources, one stream: prefill sends token 0, decode sends them all; the router alone delivers. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 from isthmus.errors import DataLoss
@@ -15,9 +15,11 @@ class TokenMerge(Generic[TokenT]):
     `max_tokens`, raises DataLoss. Copies of a second attempt go through the same merge, so a retry repeats nothing.
     """
 
-    def __init__(self, max_tokens: int):
+    def __init__(self, max_tokens: int, identity: Callable[[TokenT], Hashable]):
+        """`identity` is what copies are compared by, and all that is kept of a delivered token."""
         self._max_tokens = max_tokens
-        self._delivered: list[TokenT] = []
+        self._identity = identity
+        self._delivered: list[Hashable] = []
         self._ahead: dict[int, TokenT] = {}  # came before a lower index did; at most max_tokens
 
     def add(self, index: int, tokens: Sequence[TokenT]) -> list[TokenT]:
@@ -32,7 +34,7 @@ class TokenMerge(Generic[TokenT]):
                 self._ahead[position] = token
         fresh: list[TokenT] = []
         while (token := self._ahead.pop(len(self._delivered), None)) is not None:
-            self._delivered.append(token)
+            self._delivered.append(self._identity(token))
             fresh.append(token)
         return fresh
 
@@ -41,6 +43,10 @@ class TokenMerge(Generic[TokenT]):
         return len(self._delivered)
 
     def _check_copy(self, index: int, token: TokenT) -> None:
-        known = self._delivered[index] if index < len(self._delivered) else self._ahead.get(index)
-        if known is not None and known != token:
+        if index < len(self._delivered):
+            is_same = self._delivered[index] == self._identity(token)
+        else:
+            waiting = self._ahead.get(index)
+            is_same = waiting is None or self._identity(waiting) == self._identity(token)
+        if not is_same:
             raise DataLoss(f"two copies of token {index} differ")

@@ -49,7 +49,6 @@ class Ask:
     attempt: int
     inbox: Inbox
     avoid: AbstractSet[str]  # workers that failed this job before, if there are others
-    started_at: float
 
 
 @dataclass(eq=False, slots=True)
@@ -82,17 +81,17 @@ class Placed:
 class Placement:
     """Waits are bounded, in order of admission, and nothing is held after `place` is left, whatever happened inside."""
 
-    def __init__(self, pool: WorkerPool, admission: Admission, affinity: PrefixAffinity, clock: Clock):
+    def __init__(self, pool: WorkerPool, admission: Admission, clock: Clock):
         self._pool = pool
         self._admission = admission
-        self._affinity = affinity
         self._clock = clock
+        self._affinity = PrefixAffinity()
 
     async def numerics_class(self, queue_deadline: float) -> NumericsClass:
         """The class a new request will belong to. Raises WorkersUnavailable when there is none for a while."""
         gone_deadline = min(queue_deadline, self._clock.now() + GONE_WAIT_S)
         while True:
-            decode = [worker.view() for worker in self._pool.usable_decode()]
+            decode = [worker.view(0) for worker in self._pool.usable_decode()]
             prefill = [worker.view(0) for worker in self._pool.usable_prefill()]
             if found := policy.choose_class(decode, prefill):
                 return found
@@ -103,18 +102,19 @@ class Placement:
     async def place(self, ask: Ask) -> AsyncIterator[Placed]:
         """Prefill first: blocks are set aside only when somebody can fill them soon."""
         async with self._prefill_place(ask) as prefill, self._decode_place(ask) as decode:
-            self._affinity.remember(ask.job.prefixes, prefill.worker.record.incarnation)
+            incarnations = (prefill.worker.record.incarnation, decode.worker.record.incarnation)
+            self._affinity.remember(ask.job.prefixes, incarnations)
             yield Placed(prefill, decode)
 
     @asynccontextmanager
     async def _prefill_place(self, ask: Ask) -> AsyncIterator[PrefillPlace]:
-        job = ask.job
-        async with self._admission.placing(job.order, job.queue_deadline - self._clock.now()):
+        job, patience = ask.job, self._patience(ask.job)
+        async with self._admission.placing(job.order, patience.room_s):
             while (worker := self._choose_prefill(ask)) is None:
                 is_gone = not self._prefill_workers(job)
                 missing = self._missing("prefill", has_others=bool(self._pool.usable_prefill()))
                 error = missing if is_gone else Overloaded("all prefill workers are busy")
-                await self._wait(self._deadline(ask, is_gone=is_gone), error)
+                await self._wait(patience.deadline(is_gone=is_gone), error)
             place = PrefillPlace(worker, len(job.request.prompt_token_ids))
             worker.num_tokens_ahead += place.num_tokens_ahead
         try:
@@ -125,13 +125,13 @@ class Placement:
 
     @asynccontextmanager
     async def _decode_place(self, ask: Ask) -> AsyncIterator[DecodePlace]:
-        job = ask.job
+        job, patience = ask.job, self._patience(ask.job)
         place = await self._ask_each(ask)
         if not isinstance(place, DecodePlace):
-            async with self._admission.placing(job.order, job.queue_deadline - self._clock.now()):
+            async with self._admission.placing(job.order, patience.room_s):
                 while not isinstance(place := await self._ask_each(ask), DecodePlace):
                     is_gone = not isinstance(place, Overloaded)
-                    await self._wait(self._deadline(ask, is_gone=is_gone), place)
+                    await self._wait(patience.deadline(is_gone=is_gone), place)
         try:
             yield place
         finally:
@@ -141,12 +141,12 @@ class Placement:
 
     def _choose_prefill(self, ask: Ask) -> PrefillWorker | None:
         workers = self._prefill_workers(ask.job)
-        views = [
-            worker.view(self._affinity.num_prefix_tokens(ask.job.prefixes, incarnation))
-            for incarnation, worker in workers.items()
-        ]
+        views = [worker.view(self._num_prefix_tokens(ask.job, incarnation)) for incarnation, worker in workers.items()]
         chosen = policy.choose_prefill(views, avoid=ask.avoid)
         return workers[chosen] if chosen else None
+
+    def _num_prefix_tokens(self, job: Job, incarnation: str) -> int:
+        return self._affinity.num_prefix_tokens(job.prefixes, incarnation)
 
     def _prefill_workers(self, job: Job) -> dict[str, PrefillWorker]:
         usable = self._pool.usable_prefill()
@@ -157,7 +157,8 @@ class Placement:
         job = ask.job
         usable = [worker for worker in self._pool.usable_decode() if worker.numerics == job.numerics]
         workers = {worker.record.incarnation: worker for worker in usable}
-        ranked = policy.rank_decode([worker.view() for worker in usable], job.num_positions, avoid=ask.avoid)
+        views = [worker.view(self._num_prefix_tokens(job, incarnation)) for incarnation, worker in workers.items()]
+        ranked = policy.rank_decode(views, job.num_positions, avoid=ask.avoid)
         if usable and not ranked:
             most = max(worker.record.load.blocks.total * worker.record.layout.block_size for worker in usable)
             given = f"{job.num_positions} positions of prompt and max_tokens"
@@ -172,7 +173,7 @@ class Placement:
 
     async def _ask_one(self, ask: Ask, worker: DecodeWorker) -> DecodePlace | IsthmusError:
         """Raises InvalidRequest, which every worker would answer; returns any other refusal."""
-        num_blocks = worker.view().num_blocks(ask.job.num_positions)
+        num_blocks = worker.record.layout.num_blocks(ask.job.num_positions)
         remaining_s = ask.job.deadline - self._clock.now()
         reserve = decode_pb2.Reserve(
             request=request_to_proto(ask.job.request),
@@ -189,9 +190,8 @@ class Placement:
             raise
         return DecodePlace(worker, stream, num_blocks)
 
-    def _deadline(self, ask: Ask, *, is_gone: bool) -> float:
-        """Until when to wait: for room as long as the queue allows, for a worker to exist only a moment."""
-        return min(ask.job.queue_deadline, ask.started_at + GONE_WAIT_S) if is_gone else ask.job.queue_deadline
+    def _patience(self, job: Job) -> "_Patience":
+        return _Patience(self._clock.now(), job.queue_deadline)
 
     def _missing(self, role: str, *, has_others: bool) -> IsthmusError:
         if has_others:
@@ -205,6 +205,21 @@ class Placement:
             error.retry_after_s = error.retry_after_s or RETRY_AFTER_S
             raise error
         await self._pool.wait_for_change(min(remaining_s, RETRY_INTERVAL_S))
+
+
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """How long to wait in one phase: for room as long as the queue allows, for a worker to exist only a moment."""
+
+    started_at: float
+    queue_deadline: float
+
+    @property
+    def room_s(self) -> float:
+        return self.queue_deadline - self.started_at
+
+    def deadline(self, *, is_gone: bool) -> float:
+        return min(self.queue_deadline, self.started_at + GONE_WAIT_S) if is_gone else self.queue_deadline
 
 
 def _unavailable(missing: str) -> WorkersUnavailable:

@@ -31,6 +31,7 @@ class DecodeView:
     total_blocks: int
     reported_free_blocks: int  # up to a heartbeat old; other routers' reservations included
     reserved_blocks: int  # this router's reservations now
+    num_prefix_tokens: int = 0  # of this request's prompt, probably cached there: need neither room nor transfer
 
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -39,6 +40,11 @@ class DecodeView:
     def free_blocks(self) -> int:
         """A careful guess between reports: what was reported, less if this router alone has taken more since."""
         return min(self.reported_free_blocks, self.total_blocks - self.reserved_blocks)
+
+    @property
+    def room(self) -> int:
+        """Free blocks for this request, as if its cached prefix were free too."""
+        return self.free_blocks + self.num_prefix_tokens // self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ def rank_decode(views: Sequence[DecodeView], num_tokens: int, *, avoid: Abstract
     A worker that could not hold the request even when empty is left out.
     """
     able = [view for view in views if view.num_blocks(num_tokens) <= view.total_blocks]
-    able.sort(key=lambda view: (view.incarnation in avoid, -view.free_blocks, view.incarnation))
+    able.sort(key=lambda view: (view.incarnation in avoid, -view.room, view.incarnation))
     return [view.incarnation for view in able]
 
 

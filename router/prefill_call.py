@@ -53,6 +53,9 @@ async def _read(place: PrefillPlace, request: prefill_pb2.PrefillRequest, inbox:
                     pass  # queued, or news of a later version
         if not is_done:
             inbox.put(PrefillFailed(WorkerLost("the prefill worker ended the call early")))
+    except asyncio.CancelledError:
+        inbox.put(PrefillFailed(WorkerLost("the prefill call was dropped")))  # heard only if its channel was closed
+        raise
     except grpc.aio.AioRpcError as rpc_error:
         error = error_from_rpc(rpc_error)
         # Cancelled by the worker's side, not by the client: the client asked for nothing of the kind.

@@ -101,7 +101,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         backend = self._backend_for_work()
         arrival = _Arrival(backend.clock.now(), self._timeout_s(context), _Writer(context))
         call: Call | None = None
-        outcome = "client_gone"
+        outcome = "internal"
         try:
             async with Interruptible(arrival.timeout_s) as life:
                 call = await self._open_call(backend, request, arrival, life)
@@ -113,6 +113,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
             if not isinstance(error, RequestCancelled) or call is None or arrival.writer.is_writing:
                 raise
             await arrival.writer.write(backend.dispatch.finished(call))
+        except asyncio.CancelledError:
+            outcome = "client_gone"
+            raise
         finally:
             self._leave(call)
             _count(backend.metrics, call, outcome)
@@ -149,7 +152,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         backend = self._started()
         message = self._parse(request, inference_pb2.TokenizeRequest, "prompt")
         check_model(message.model, backend.model)
-        async with asyncio.timeout(self._timeout_s(context)):
+        async with Interruptible(self._timeout_s(context)):
             token_ids = await _encode(backend.text, message)
         return inference_pb2.TokenizeResponse(token_ids=token_ids)
 
@@ -158,7 +161,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         message = self._parse(request, inference_pb2.DetokenizeRequest, "token_ids")
         check_model(message.model, backend.model)
         check_token_ids("token_ids", message.token_ids, backend.model.vocab_size, may_be_empty=True)
-        async with asyncio.timeout(self._timeout_s(context)):
+        async with Interruptible(self._timeout_s(context)):
             return inference_pb2.DetokenizeResponse(text=await backend.text.decode(message.token_ids))
 
     async def _open_call(self, backend: Backend, raw: bytes, arrival: "_Arrival", life: Interruptible) -> Call:
@@ -166,7 +169,8 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         message = parse_request(raw, self._limits.max_prompt_bytes)
         check_request(message, backend.model)
         token_ids = await _encode(backend.text, message)
-        sampling = complete_sampling(message.sampling, len(token_ids), backend.model)
+        field = message.WhichOneof("input") or "prompt"
+        sampling = complete_sampling(message.sampling, len(token_ids), backend.model, prompt_field=field)
         request = Request(
             request_id=new_request_id(),
             seed=message.sampling.seed if message.sampling.HasField("seed") else new_seed(),

@@ -85,14 +85,16 @@ def check_chat(chat: inference_pb2.Chat) -> None:
     _refuse_unless(empty is None, f"chat.messages[{empty}].content", "", "content that is not empty")
 
 
-def complete_sampling(params: types_pb2.SamplingParams, num_prompt_tokens: int, model: ModelFacts) -> SamplingParams:
+def complete_sampling(
+    params: types_pb2.SamplingParams, num_prompt_tokens: int, model: ModelFacts, *, prompt_field: str = "prompt"
+) -> SamplingParams:
     """Defaults filled in, lengths checked against the context; `top_k` beyond the vocabulary is off."""
     room = model.context_length - num_prompt_tokens
     if room < 1:
         allowed = (
             f"at most {model.context_length - 1}: the context of {model.context_length} less one token to generate"
         )
-        raise InvalidRequest.of("prompt", f"{num_prompt_tokens} tokens", allowed)
+        raise InvalidRequest.of(prompt_field, f"{num_prompt_tokens} tokens", allowed)
     max_tokens = params.max_tokens if params.HasField("max_tokens") else room
     if max_tokens > room:
         allowed = f"at most {room}: the context of {model.context_length} less {num_prompt_tokens} prompt tokens"

@@ -12,6 +12,7 @@ MAX_STOP = 16
 MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 1024
 _MAX_SAMPLING_BYTES = 64 << 10
+_MAX_ENTRY_BYTES = 4 << 10  # of one entry of `sampling`
 # Field numbers of GenerateRequest: the oneof, and what else may be long.
 _INPUTS = {3: "prompt", 4: "token_ids", 5: "chat"}
 _LONG = {**_INPUTS, 1: "client_request_id", 2: "model", 7: "emitted_token_ids", 11: "tenant"}
@@ -50,10 +51,12 @@ def check_wire(raw: bytes, max_prompt_bytes: int) -> None:
 def _check_entries(raw: bytes, start: int, end: int, name: str) -> None:
     """Counts the entries of what repeats in the message in raw[start:end]."""
     counts = dict.fromkeys(_REPEATED[name], 0)
-    for seen, (number, _, _) in enumerate(_fields(raw, start, end, name)):
+    for seen, (number, first, after) in enumerate(_fields(raw, start, end, name)):
         if number in counts:
             counts[number] += 1
             field, most = _REPEATED[name][number]
+            if name == "sampling" and after - first > _MAX_ENTRY_BYTES:
+                raise InvalidRequest.of(f"sampling.{field}", f"{after - first} bytes", f"at most {_MAX_ENTRY_BYTES}")
             if counts[number] > most:
                 raise InvalidRequest.of(f"{name}.{field}", f"more than {most} entries", f"at most {most} entries")
         if seen >= _MAX_NESTED_FIELDS:

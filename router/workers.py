@@ -29,14 +29,17 @@ class DecodeWorker:
 
     @property
     def takes_work(self) -> bool:
-        """Its session is alive (Redis need not be) and says what the registry says; it neither drains nor hangs."""
+        """Its session is alive and says what the registry says; it neither drains nor hangs.
+
+        Its lease is fresh too; while Redis is away the last view of it counts.
+        """
         hello = self.session.hello
-        if hello is None or self.session.is_silent or not _is_well(self.record):
+        if not self.has_lease or hello is None or self.session.is_silent or not _is_well(self.record):
             return False
         said = (hello.layout.fingerprint, hello.numerics_digest)
         return said == (self.numerics.layout_fingerprint, self.numerics.numerics_digest)
 
-    def view(self) -> DecodeView:
+    def view(self, num_prefix_tokens: int) -> DecodeView:
         blocks = self.record.load.blocks
         return DecodeView(
             incarnation=self.record.incarnation,
@@ -45,10 +48,12 @@ class DecodeWorker:
             total_blocks=blocks.total,
             reported_free_blocks=blocks.free,
             reserved_blocks=self.reserved_blocks,
+            num_prefix_tokens=num_prefix_tokens,
         )
 
     def lose(self, why: str) -> None:
-        self.session.abandon(why)
+        if self.session.num_streams:  # an idle session may stay: it costs nothing and shows when the worker is back
+            self.session.abandon(why)
 
 
 @dataclass(eq=False, slots=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the images, starts the stack with three decode workers and sends it a prompt. Needs a Docker daemon; opt-in.
 #   tools/container_smoke.sh                      plain
-#   ISTHMUS_BASE=my-python ISTHMUS_PIP_ARGS=... tools/container_smoke.sh
+#   IMAGE_BASE=my-python IMAGE_PIP_ARGS=... tools/container_smoke.sh
 # COMPOSE may name another compose command; COMPOSE_FILE may add override files, as always.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -15,9 +15,10 @@ PACKAGE = Path("isthmus/v1")
 def generate(out: Path) -> None:
     protos = sorted(str(p) for p in (ROOT / "proto" / PACKAGE).glob("*.proto"))
     plugin = Path(sys.executable).with_name("protoc-gen-mypy_grpc")
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"--plugin=protoc-gen-mypy_grpc={plugin}", f"-I{ROOT / 'proto'}"]
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}"]
+    command.append(f"--plugin=protoc-gen-mypy_grpc={plugin}")
     outputs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")] + [f"--mypy_grpc_out=quiet:{out}"]
-    subprocess.run([*command, *outputs, *protos], check=True)  # noqa: S603
+    subprocess.run([*command, *outputs, *protos], check=True)
     (out / PACKAGE / "__init__.py").touch()
 
 

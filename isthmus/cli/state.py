@@ -78,16 +78,14 @@ def noted(state: StateDir) -> Generator[None]:
 
 
 def newest_stack() -> dict[str, Any] | None:
-    """The stack.json of this user's youngest running supervisor."""
+    """The stack.json of this user's youngest running supervisor, ready ones first."""
     directory = runtime_dir()
     if not directory.is_dir() or directory.stat().st_uid != os.getuid():
         return None
     notes = sorted(directory.glob("*.json"), key=lambda note: note.stat().st_mtime, reverse=True)
-    for note in notes:
-        content = _read_note(note)
-        if content is not None and _is_alive(note, content):
-            return read_stack(Path(content["dir"]))
-    return None
+    contents = [content for note in notes if (content := _read_note(note)) and _is_alive(note, content)]
+    stacks = [stack for content in contents if (stack := read_stack(Path(content["dir"])))]
+    return next((stack for stack in stacks if stack.get("ready")), stacks[0] if stacks else None)
 
 
 def note_of(supervisor: int) -> Path:

@@ -1,4 +1,4 @@
-"""The numerics canary: a fixed computation whose bits name the class of workers that may continue each other's streams."""
+"""The numerics canary: a fixed computation whose bits name the workers that may continue each other's streams."""
 
 import hashlib
 import platform

@@ -11,7 +11,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LatentCache:
-    """`layers[plane][layer]` is [num_blocks, block_size, row_elements], written by the step loop and by the receiver."""
+    """`layers[plane][layer]` is [num_blocks, block_size, row_elements], written by step loop and receiver."""
 
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
@@ -44,4 +44,4 @@ class LatentCache:
         blocks = self.layers[plane][layer]
         if blocks.device.type != "cpu":
             raise NotYet(f"transfer memory on {blocks.device.type}")
-        return memoryview(blocks.view(torch.uint8).numpy().reshape(-1))
+        return blocks.view(torch.uint8).numpy().reshape(-1).data

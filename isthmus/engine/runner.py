@@ -30,7 +30,7 @@ class Runner:
     def prefill(self, chunks: Sequence[PrefillChunk], on_layer: Callable[[int], None] = _ignore) -> Tensor:
         """Logits [chunks with needs_logits, vocab] in fp32, in their order. A sequence has at most one chunk a step.
 
-        `on_layer(l)` follows the storing of layer l's latents; it may raise to abort: the chunks' rows are then undefined.
+        `on_layer(l)` follows the storing of layer l's latents; it may raise to abort, the step's rows are then void.
         """
         for chunk in chunks:
             self._check(chunk.token_ids, first=chunk.start, block_table=chunk.block_table)

@@ -77,7 +77,7 @@ def attend_prefill(attention: Attention, queries: Queries, cache_SL: Tensor, til
 def attend_decode(
     attention: Attention, queries: Queries, cache_SL: Tensor, pairs: tuple[ref.DecodePairs, ...]
 ) -> Tensor:
-    """[N, D] of the attention block; `pairs` cover consecutive runs of the real rows, padding rows attend to nothing."""
+    """[N, D] of the attention block; `pairs` cover consecutive runs of real rows, padding rows attend to nothing."""
     shape, group = attention.shape, ref.DECODE_GROUP
     absorbed_HNC = ref.grouped_head_matmul(queries.q_nope_NHK, attention.key_up, group=group).float()
     q_NLH = torch.cat((absorbed_HNC.permute(1, 2, 0), queries.q_pe_NHR.transpose(1, 2)), dim=1).mul_(attention.scale)

@@ -1,7 +1,7 @@
 """What one step computes, laid out as index tensors before the first layer runs: rows, cache slots, tiles.
 
-Positions are absolute. A row is a token to compute. Rows are padded to the step's group with token 0 at position 0: results
-of padding are never read, its latents never stored.
+Positions are absolute. A row is a token to compute. Rows are padded to the step's group with token 0 at position 0:
+results of padding are never read, its latents never stored.
 """
 
 from collections.abc import Sequence

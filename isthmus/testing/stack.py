@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,8 @@ class Result:
                 assert self.finished is None, "finished twice"
                 self.finished = response.finished
                 self.text += response.finished.text
+            case _:
+                raise AssertionError("an empty response")
 
 
 class Client:
@@ -141,6 +143,11 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         await self._channel.close()
+
+    def raw_generate(self, raw: bytes) -> AsyncIterator[bytes]:
+        """Bytes in, bytes out: what no client library would send."""
+        call: Any = self._channel.unary_stream("/isthmus.v1.InferenceService/Generate")
+        return aiter(call(raw, timeout=10))
 
     async def stream(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None = 60.0
@@ -173,15 +180,15 @@ class Client:
         return result
 
 
-def request(prompt: str | list[int] | list[tuple[str, str]], **sampling: Any) -> inference_pb2.GenerateRequest:
+def request(prompt: str | Sequence[int | tuple[str, str]], **sampling: Any) -> inference_pb2.GenerateRequest:
     """A prompt as text, as token ids, or as (role, content) chat messages."""
     message = inference_pb2.GenerateRequest(sampling=types_pb2.SamplingParams(**sampling))
     if isinstance(prompt, str):
         message.prompt = prompt
-    elif prompt and isinstance(prompt[0], tuple):
-        message.chat.messages.extend(inference_pb2.ChatMessage(role=role, content=content) for role, content in prompt)
-    else:
-        message.token_ids.ids.extend(prompt)
+        return message
+    message.token_ids.ids.extend(item for item in prompt if isinstance(item, int))
+    if chat := [item for item in prompt if isinstance(item, tuple)]:
+        message.chat.messages.extend(inference_pb2.ChatMessage(role=role, content=content) for role, content in chat)
     return message
 
 

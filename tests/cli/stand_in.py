@@ -22,7 +22,6 @@ async def drained(timeout_s: float) -> int:
 
 
 async def main(config: DecodeConfig) -> None:
-    mode = sys.argv[1]
     if mode == "refuse":
         raise CannotStart("model", "config.json is missing", "give a checkpoint with --model")
     health = HealthState()
@@ -47,4 +46,5 @@ async def main(config: DecodeConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_service(DecodeConfig, main, sys.argv[2:]))
+    mode = sys.argv.pop(1)
+    run_service(DecodeConfig, main)

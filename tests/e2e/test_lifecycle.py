@@ -12,7 +12,17 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from isthmus.testing.stack import Client, Stack, alive, close, read_ready, request, running_stack, start_supervisor, until
+from isthmus.testing.stack import (
+    Client,
+    Stack,
+    alive,
+    close,
+    read_ready,
+    request,
+    running_stack,
+    start_supervisor,
+    until,
+)
 
 
 def test_sigterm_ends_everything_within_5_s() -> None:

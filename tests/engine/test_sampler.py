@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from isthmus.engine.philox import uniform
-from isthmus.engine.sampler import SamplingInput, _argmax, _argmax_on_device, sample
+from isthmus.engine.sampler import SamplingInput, _adjusted, _argmax, _argmax_on_device, _draw, sample
 from isthmus.errors import NonFiniteLogits
 from isthmus.types import Request, SamplingParams, Token
 
@@ -126,6 +126,34 @@ def test_tokens_are_those_of_the_definition(
     expected = reference(logits, request, token_ids)
     assume(expected.margin > 1e-9)
     assert one(logits, request, token_ids).id == expected.token_id
+
+
+@given(LOGITS, SAMPLING, IDS, IDS)
+@settings(deadline=None)
+def test_bias_penalties_and_mask_are_those_of_the_definition(
+    logits: list[float], sampling: SamplingParams, prompt: list[int], token_ids: list[int]
+) -> None:
+    sequence = SamplingInput(request_of(sampling, prompt=prompt), token_ids)
+    adjusted = _adjusted(np.array(logits, dtype=np.float32), sequence).tolist()
+    assert adjusted == reference_adjusted(logits, sequence.request, token_ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "bits", "index"),
+    [
+        ({}, 0, 0),
+        ({}, 2**22 - 1, 0),
+        ({}, 2**22, 1),  # u equals the cumulated probability exactly
+        ({}, 2**24 - 1, 3),
+        ({"top_p": 0.5}, 2**24 - 1, 1),
+        ({"top_p": math.nextafter(0.5, 1)}, 2**24 - 1, 2),
+        ({"top_p": 1e-30}, 2**24 - 1, 0),
+        ({"min_p": 1.0}, 2**24 - 1, 3),
+    ],
+)
+def test_draws_at_the_borders(fields: dict[str, float], bits: int, index: int) -> None:
+    weights = np.full(4, 1 << 40)
+    assert _draw(weights, SamplingParams(1, **fields), bits) == index
 
 
 @given(LOGITS, st.integers(0, VOCAB + 3))

@@ -34,8 +34,7 @@ from isthmus.vocabulary import Vocabulary
 from kv_transfer.ownership import WorkerLoad, WorkerRecord
 from kv_transfer.ownership_memory import MemoryOwnership
 from router.admission import Admission
-from router.affinity import PrefixAffinity
-from router.dispatch import Dispatch, DispatchLimits
+from router.dispatch import Dispatch, DispatchSettings
 from router.placement import Placement
 from router.server import Backend, InferenceServer, ServerLimits
 from router.text import TextWorkers
@@ -413,8 +412,8 @@ async def running_router(
         clock=clock,
         ledger=cluster.ledger,
     )
-    placement = Placement(pool, admission, PrefixAffinity(), clock)
-    limits = DispatchLimits(config.queue_timeout_s, max_buffered_tokens)
+    placement = Placement(pool, admission, clock)
+    limits = DispatchSettings("router-0", config.queue_timeout_s, max_buffered_tokens)
     dispatch = Dispatch(placement, admission, limits, clock=clock, ledger=cluster.ledger)
     tokenizer: Any = ByteTokenizer()
     server = InferenceServer(ServerLimits(config.max_prompt_bytes, config.default_timeout_s, config.max_timeout_s))
@@ -453,6 +452,21 @@ async def until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
     assert condition(), what
+
+
+async def rest(call: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    """What a call that was read by hand still has to say."""
+    while isinstance(response := await call.read(), inference_pb2.GenerateResponse):
+        yield response
+
+
+async def read_to_the_end(call: Any) -> None:
+    """Raises the typed error the call ends with."""
+    try:
+        async for _ in rest(call):
+            pass
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
 
 
 def ask(prompt: str = "Hello", **sampling: Any) -> inference_pb2.GenerateRequest:

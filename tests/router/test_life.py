@@ -7,9 +7,20 @@ import grpc.aio
 import pytest
 
 from isthmus.errors import IsthmusError, NoFreeBlocks, NonFiniteLogits, Overloaded, TransferIncomplete, WorkerLost
-from isthmus.rpc_errors import error_from_rpc
 from isthmus.v1 import inference_pb2, inference_pb2_grpc, types_pb2
-from tests.router.fakes import EOS, SCRIPT, Cluster, FakeDecode, FakePrefill, RunningRouter, ask, running_router, until
+from tests.router.fakes import (
+    EOS,
+    SCRIPT,
+    Cluster,
+    FakeDecode,
+    FakePrefill,
+    RunningRouter,
+    ask,
+    read_to_the_end,
+    rest,
+    running_router,
+    until,
+)
 
 
 @pytest.fixture
@@ -200,7 +211,8 @@ async def test_prefill_lost_before_its_token_is_repeated_elsewhere(router: Runni
     assert [reserve.attach.counter for reserve in router.cluster.decode[0].reserves] == [1, 2]
 
 
-async def test_prefill_that_fails_twice_is_an_error(router: RunningRouter) -> None:
+async def test_prefill_that_fails_twice_is_an_error(router: RunningRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.dispatch.SUSPECT_S", 0.05)
     router.cluster.prefill[0].fail = lambda call: WorkerLost("crashed")
 
     with pytest.raises(WorkerLost):
@@ -226,7 +238,7 @@ async def test_failed_transfer_is_repeated_and_token_zero_is_not(router: Running
     prefill.commits = True
 
     decode.abort(prefill.requests[0].target.transfer_id, is_finished=False)
-    async for response in _rest(call):
+    async for response in rest(call):
         received.append(response)
 
     tokens = [token.id for response in received for token in response.tokens.tokens]
@@ -234,7 +246,10 @@ async def test_failed_transfer_is_repeated_and_token_zero_is_not(router: Running
     assert received[-1].finished.num_attempts == 2
 
 
-async def test_transfer_prefill_gave_up_is_repeated_without_waiting_for_decode(router: RunningRouter) -> None:
+async def test_transfer_prefill_gave_up_is_repeated_without_waiting_for_decode(
+    router: RunningRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.attempt.CLAIM_WAIT_S", 0.05)
     prefill = router.cluster.prefill[0]
     prefill.commits, prefill.done.acked, prefill.done.failure = False, False, "no ack"
 
@@ -256,7 +271,7 @@ async def test_decode_lost_mid_stream_is_an_error_after_its_tokens(router: Runni
     decode.lose_sessions.set()
 
     with pytest.raises(WorkerLost):
-        await _typed(call)
+        await read_to_the_end(call)
 
 
 async def test_decode_lost_before_its_tokens_is_repeated_elsewhere(router: RunningRouter) -> None:
@@ -268,7 +283,7 @@ async def test_decode_lost_before_its_tokens_is_repeated_elsewhere(router: Runni
     router.cluster.prefill[0].commits = True
 
     router.cluster.decode[0].lose_sessions.set()
-    async for response in _rest(call):
+    async for response in rest(call):
         received.append(response)
 
     assert bytes(token.id for response in received for token in response.tokens.tokens) == SCRIPT[:6]
@@ -312,7 +327,7 @@ async def test_slow_client_ends_alone(cluster: Cluster) -> None:
 
         assert all(bytes(result.token_ids) == (SCRIPT * 5)[:200] for result in results)
         with pytest.raises(IsthmusError) as refusal:
-            await _typed(slow)
+            await read_to_the_end(slow)
         assert refusal.value.reason == "SLOW_CLIENT"
         await narrow.close()
 
@@ -420,17 +435,3 @@ def _total_calls(router: RunningRouter) -> int:
 
 def _reserves(router: RunningRouter) -> list[object]:
     return [reserve for fake in router.cluster.decode for reserve in fake.reserves]
-
-
-async def _rest(call) -> AsyncIterator[inference_pb2.GenerateResponse]:  # type: ignore[no-untyped-def]
-    while isinstance(response := await call.read(), inference_pb2.GenerateResponse):
-        yield response
-
-
-async def _typed(call) -> None:  # type: ignore[no-untyped-def]
-    """Reads to the end; raises the typed error."""
-    try:
-        async for _ in _rest(call):
-            pass
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error

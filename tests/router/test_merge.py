@@ -10,6 +10,10 @@ from router.merge import TokenMerge
 Copy = tuple[int, list[int]]
 
 
+def merge_of(max_tokens: int) -> TokenMerge[int]:
+    return TokenMerge(max_tokens, identity=lambda token: token)
+
+
 def cut(tokens: list[int], draw: st.DataObject) -> list[Copy]:
     """One source's messages: all tokens in order, grouped at random."""
     messages: list[Copy] = []
@@ -24,7 +28,7 @@ def cut(tokens: list[int], draw: st.DataObject) -> list[Copy]:
 @given(tokens=st.lists(st.integers(0, 5), min_size=1, max_size=30), data=st.data())
 def test_any_interleaving_of_any_grouping_delivers_each_index_once(tokens: list[int], data: st.DataObject) -> None:
     sources = [cut(tokens, data), cut(tokens, data), [(0, tokens[:1])]]
-    merge: TokenMerge[int] = TokenMerge(len(tokens))
+    merge = merge_of(len(tokens))
     delivered: list[int] = []
 
     while any(sources):
@@ -40,7 +44,7 @@ def test_any_interleaving_of_any_grouping_delivers_each_index_once(tokens: list[
 
 @given(tokens=st.lists(st.integers(0, 5), min_size=2, max_size=20), data=st.data())
 def test_messages_out_of_order_wait_for_their_turn(tokens: list[int], data: st.DataObject) -> None:
-    merge: TokenMerge[int] = TokenMerge(len(tokens))
+    merge = merge_of(len(tokens))
     delivered: list[int] = []
     for index, group in data.draw(st.permutations(cut(tokens, data))):
         delivered += merge.add(index, group)
@@ -50,20 +54,20 @@ def test_messages_out_of_order_wait_for_their_turn(tokens: list[int], data: st.D
 @given(tokens=st.lists(st.integers(0, 5), min_size=1, max_size=20), data=st.data())
 def test_a_differing_copy_is_never_passed_over(tokens: list[int], data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(tokens) - 1))
-    merge: TokenMerge[int] = TokenMerge(len(tokens))
+    merge = merge_of(len(tokens))
     merge.add(0, tokens)
     with pytest.raises(DataLoss):
         merge.add(position, [tokens[position] + 1])
 
 
 def test_copies_that_wait_are_compared_too() -> None:
-    merge: TokenMerge[int] = TokenMerge(5)
+    merge = merge_of(5)
     merge.add(2, [7])
     with pytest.raises(DataLoss):
         merge.add(2, [8])
 
 
 def test_tokens_beyond_the_request_are_refused() -> None:
-    merge: TokenMerge[int] = TokenMerge(3)
+    merge = merge_of(3)
     with pytest.raises(DataLoss):
         merge.add(2, [1, 2])

@@ -48,6 +48,11 @@ def test_reservations_since_the_report_count() -> None:
     assert rank_decode(pool, 100) == ["b", "a"]
 
 
+def test_a_prefix_cached_there_is_room_too() -> None:
+    pool = [decode("a", reported_free_blocks=50), decode("b", reported_free_blocks=48, num_prefix_tokens=64)]
+    assert rank_decode(pool, 100) == ["b", "a"]
+
+
 def test_what_never_fits_is_not_asked() -> None:
     assert rank_decode([decode("small", total_blocks=2), decode("large")], 16 * 2 + 1) == ["large"]
 
@@ -75,18 +80,19 @@ def test_nobody_is_handed_more_than_two_tile_budgets() -> None:
 def test_affinity_remembers_the_last_worker_of_each_prefix() -> None:
     prompt = list(range(3 * STRIDE_TOKENS))
     affinity = PrefixAffinity()
-    affinity.remember(prompt_prefixes(prompt, "t"), "a")
-    affinity.remember(prompt_prefixes(prompt[:STRIDE_TOKENS], "t"), "b")
+    affinity.remember(prompt_prefixes(prompt, "t"), ("a", "d"))
+    affinity.remember(prompt_prefixes(prompt[:STRIDE_TOKENS], "t"), ("b", "d"))
 
     longer = prompt_prefixes([*prompt, 1, 2], "t")
     assert affinity.num_prefix_tokens(longer, "a") == 3 * STRIDE_TOKENS
     assert affinity.num_prefix_tokens(longer, "b") == STRIDE_TOKENS
+    assert affinity.num_prefix_tokens(longer, "d") == 3 * STRIDE_TOKENS
     assert affinity.num_prefix_tokens(prompt_prefixes(prompt, "other"), "a") == 0
 
 
 def test_affinity_is_bounded() -> None:
     affinity = PrefixAffinity(max_prefixes=2)
     for first in range(5):
-        affinity.remember(prompt_prefixes([first] * STRIDE_TOKENS, ""), "a")
+        affinity.remember(prompt_prefixes([first] * STRIDE_TOKENS, ""), ("a",))
     known = [affinity.num_prefix_tokens(prompt_prefixes([i] * STRIDE_TOKENS, ""), "a") > 0 for i in range(5)]
     assert known == [False, False, False, True, True]

@@ -6,10 +6,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from isthmus.errors import InvalidRequest, IsthmusError, WorkerLost
-from isthmus.rpc_errors import error_from_rpc
 from kv_transfer.ownership import StoreUnavailable, WorkerRecord
 from kv_transfer.ownership_memory import MemoryOwnership
-from tests.router.fakes import Cluster, RunningRouter, ask, running_router, until
+from tests.router.fakes import Cluster, RunningRouter, ask, read_to_the_end, running_router, until
 
 
 class BreakableStore(MemoryOwnership):
@@ -51,17 +50,20 @@ async def test_serves_on_while_redis_is_down(router: RunningRouter) -> None:
     await until(lambda: not router.pool.is_degraded, "back")
 
 
-async def test_a_flushed_registry_ends_no_stream_and_keeps_sessions(router: RunningRouter) -> None:
+async def test_a_flushed_registry_stops_placement_and_ends_no_stream(router: RunningRouter) -> None:
     router.cluster.decode[0].token_interval_s = 0.01
     running = asyncio.create_task(router.generate(ask(max_tokens=60)))
     await until(lambda: len(router.cluster.decode[0].streams) == 1, "decoding")
 
     for record in router.cluster.records.values():
         await router.cluster.store.drop_worker(record.incarnation)
-    await until(lambda: not router.pool.usable_prefill(), "view refreshed")
+    await until(lambda: not router.pool.usable_prefill() and not router.pool.usable_decode(), "view refreshed")
 
-    assert router.pool.usable_decode()
+    assert router.pool.decode[router.cluster.decode[0].incarnation].session.is_alive
     assert len((await running).token_ids) == 60
+    for record in router.cluster.records.values():
+        await router.cluster.register(record)
+    assert (await router.generate(ask(max_tokens=3))).text == "The"
 
 
 @pytest.mark.parametrize("changes", [{"serving": False}, {"seconds_since_progress": 1.5}])
@@ -86,7 +88,7 @@ async def test_a_stalled_decode_worker_loses_its_streams(router: RunningRouter) 
     await router.cluster.change(router.cluster.decode[0].incarnation, state="stalled")
 
     with pytest.raises(WorkerLost):
-        await _to_the_end(call)
+        await read_to_the_end(call)
 
 
 async def test_a_stalled_prefill_worker_loses_its_requests_to_another(router: RunningRouter) -> None:
@@ -122,7 +124,10 @@ async def test_another_incarnation_at_the_address_is_not_taken_for_the_first(clu
         assert not router.pool.usable_decode()
 
 
-async def test_workers_of_other_models_are_not_seen_and_other_classes_not_paired(router: RunningRouter) -> None:
+async def test_workers_of_other_models_are_not_seen_and_other_classes_not_paired(
+    router: RunningRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.placement.GONE_WAIT_S", 0.2)
     await router.cluster.change(router.cluster.prefill[0].incarnation, numerics_digest="other")
     await until(lambda: router.pool.usable_prefill()[0].numerics.numerics_digest == "other", "changed")
     with pytest.raises(IsthmusError) as refusal:
@@ -137,7 +142,7 @@ async def test_a_request_no_worker_could_ever_hold_is_refused(router: RunningRou
     record = router.cluster.records[router.cluster.decode[0].incarnation]
     small = type(record.load)(type(record.load.blocks)(total=4, free=4, cached=0, referenced=0))
     await router.cluster.change(record.incarnation, load=small)
-    await until(lambda: router.pool.usable_decode()[0].view().total_blocks == 4, "changed")
+    await until(lambda: router.pool.usable_decode()[0].view(0).total_blocks == 4, "changed")
 
     with pytest.raises(InvalidRequest) as refusal:
         await router.generate(ask("12345", max_tokens=100))
@@ -150,13 +155,3 @@ async def test_status_names_every_worker(router: RunningRouter) -> None:
     status = {worker.name: worker for worker in router.pool.status()}
     assert status["d0"].serving
     assert (status["p0"].role, status["d0"].blocks.total) == ("prefill", 1000)
-
-
-async def _to_the_end(call) -> None:  # type: ignore[no-untyped-def]
-    import grpc.aio
-
-    try:
-        async for _ in call:
-            pass
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error

@@ -40,7 +40,7 @@ BAD: list[tuple[str, Message, str]] = [
     ("negative id", token_ids(1, -1), "token_ids"),
     ("id beyond the vocabulary", token_ids(VOCAB_SIZE), "token_ids"),
     ("id of 64 bits", token_ids(2**62), "token_ids"),
-    ("prompt fills the context", token_ids(*[1] * MODEL.context_length), "prompt"),
+    ("prompt fills the context", token_ids(*[1] * MODEL.context_length), "token_ids"),
     ("prompt and max_tokens over the context", ask("abc", max_tokens=MODEL.context_length - 2), "sampling.max_tokens"),
     ("10 MB prompt", ask("x" * 10_000_000), "prompt"),
     ("10 MB of ids", token_ids(*[1] * 10_000_000), "token_ids"),

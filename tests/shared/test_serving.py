@@ -21,7 +21,7 @@ from isthmus.health import HealthState, ProgressWatch
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.rpc import channel
-from isthmus.serving import Face, GrpcService, Stop, run_service, serve_until_signal
+from isthmus.serving import Face, GrpcService, Stop, exit_status, serve_until_signal
 from isthmus.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 
 SERVICE = "isthmus.v1.InferenceService"
@@ -219,8 +219,8 @@ def test_process_that_cannot_start_says_so_in_one_line_and_exits_2(capsys: pytes
     async def main(config: RouterConfig) -> None:
         raise ExceptionGroup("tasks", [CannotStart("redis_url", "no answer at 127.0.0.1:1", "start Redis")])
 
-    assert run_service(RouterConfig, main, []) == 2
-    assert run_service(RouterConfig, main, ["--grpc-port", "x"]) == 2
+    assert exit_status(RouterConfig, main, []) == 2
+    assert exit_status(RouterConfig, main, ["--grpc-port", "x"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "isthmus router: cannot start: redis_url: no answer at 127.0.0.1:1. To mend it: start Redis"
     assert lines[1].startswith("isthmus router: cannot start: grpc_port: given 'x'")

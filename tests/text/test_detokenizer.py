@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from isthmus.detokenizer import Detokenizer
@@ -23,7 +23,11 @@ ANY_IDS = st.lists(st.one_of(st.sampled_from(FRAGMENT_IDS), st.integers(0, TOKEN
 LETTERS = [b"", b"a", b"b", b"ab", b"ba", b"aab", b"abab", "é".encode(), "é".encode()[:1], "é".encode()[1:], b"\xff"]
 SMALL = Vocabulary(tuple(LETTERS), strips_leading_space=False)
 SMALL_IDS = st.lists(st.integers(0, len(LETTERS) - 1), max_size=30)
-STOPS = st.lists(st.text("abé\ufffd", min_size=1, max_size=5), min_size=1, max_size=4)
+STOPS = st.lists(
+    st.one_of(st.text("ab", min_size=2, max_size=4), st.text("abé\ufffd", min_size=1, max_size=5)),
+    min_size=1,
+    max_size=3,
+)
 
 
 def text_of(token_ids: Sequence[int]) -> str:
@@ -96,6 +100,10 @@ def test_special_and_unknown_tokens_release_nothing(bundled: Tokenizer) -> None:
 
 @given(SMALL_IDS, STOPS, st.booleans())
 @settings(max_examples=200, deadline=None)
+@example(token_ids=[1, 5], stops=["aab"], include_stop=False)  # a a a b: the match begins inside a failed one
+@example(token_ids=[6, 6], stops=["abaa", "ba"], include_stop=False)  # a stop string inside the beginning of another
+@example(token_ids=[6], stops=["abab", "b"], include_stop=True)
+@example(token_ids=[3], stops=["ab", "b"], include_stop=False)  # both end here: the longer counts
 def test_text_ends_at_the_first_stop_string(token_ids: list[int], stops: list[str], include_stop: bool) -> None:
     detokenizer = Detokenizer(SMALL, stops, include_stop=include_stop)
     assert run(detokenizer, token_ids) == cut(text_of(token_ids), stops, include_stop)

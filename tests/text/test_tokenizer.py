@@ -36,8 +36,9 @@ def message(role: str, content: str) -> inference_pb2.ChatMessage:
     return inference_pb2.ChatMessage(role=role, content=content)
 
 
-def raw(folder: Path) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+@pytest.fixture(scope="module")
+def library() -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(deepseek_folder() / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,7 @@ def test_plain_text_gives_the_ids_transformers_gives(bundled: Tokenizer, oracle:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_deepseek_ids_and_text_are_the_library_s(deepseek: Tokenizer, text: str) -> None:
-    library = raw(deepseek_folder())
+def test_deepseek_ids_and_text_are_the_library_s(deepseek: Tokenizer, library: tokenizers.Tokenizer, text: str) -> None:
     ids = deepseek.encode(text)
     assert ids == library.encode(text).ids
     assert deepseek.decode(ids) == library.decode(ids) == text
@@ -151,6 +151,14 @@ def test_no_content_becomes_a_control_token(turns: list[tuple[str, str]]) -> Non
     expected = {BOS: 1, USER: roles["user"], ASSISTANT: roles["assistant"] + 1, EOS: roles["assistant"]}
     assert counts == Counter({token_id: count for token_id, count in expected.items() if count})
     assert TOKENIZER.decode(ids) == "".join(content for _, content in turns)
+
+
+def test_no_content_completes_a_control_token_of_the_template() -> None:
+    config = {"chat_template": "{% for m in messages %}<|{{ m.content }}|>{% endfor %}"}
+    tokenizer = Tokenizer(json.loads((BUNDLED / "tokenizer.json").read_text()), config)
+    ids = tokenizer.encode_chat([message("user", "user"), message("user", " eos")])
+    assert min(ids) > 7
+    assert tokenizer.decode(ids) == "<|user|><| eos|>"
 
 
 def test_messages_are_checked(bundled: Tokenizer) -> None:

@@ -161,13 +161,13 @@ def network_scores(folder: Path, answerer: Answerer, corpus: Corpus) -> Iterator
 
 
 def distinct(draw: Callable[[random.Random], Turn], count: int) -> list[Turn]:
-    """`count` turns with different questions."""
+    """Up to `count` turns with different questions; fewer where not that many exist."""
     rng = random.Random(EVALUATION_SEED)
     turns: dict[str, Turn] = {}
-    while len(turns) < count:
+    for _ in range(20 * count):
         turn = draw(rng)
         turns.setdefault(turn.question, turn)
-    return list(turns.values())
+    return list(turns.values())[:count]
 
 
 def token_losses(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,149 @@
+"""The token path dispatches listed operations only, and the rounded ones give a row the same bits in every batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from isthmus.engine.oplist import ALLOWED
+from isthmus.engine.runner import DecodeRow, PrefillChunk
+from isthmus.engine.sampler import SamplingInput, sample
+from isthmus.model_config import Router
+from isthmus.types import Request, SamplingParams
+from kernels import ref
+from tests.engine.engines import bundled_engine, prompt
+
+ODD_WIDTHS = (1, 3, 7, 13, 24, 33, 57, 64, 100, 192, 257)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.add(f"aten.{func.overloadpacket.__name__}" if func.namespace == "aten" else str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_token_path_uses_listed_operations_only(dtype: str):
+    engine = bundled_engine(dtype, 16)
+    sampled = [
+        SamplingParams(max_tokens=8, temperature=0.0, logprobs=3),
+        SamplingParams(max_tokens=8, top_p=0.9, top_k=40, min_p=0.01, repetition_penalty=1.1, logit_bias=((5, 1.0),)),
+    ]
+    with _Recorder() as recorder:
+        engine.runner.prefill(
+            [
+                PrefillChunk(prompt(150), 0, range(10), needs_logits=True),
+                PrefillChunk(prompt(40), 0, range(10, 20), needs_logits=True),
+            ]
+        )
+        rows = [DecodeRow(3, 150 + i, range(20)) for i in range(20)] + [DecodeRow(3, 40, range(20, 40))]
+        logits = engine.runner.decode(rows)
+        inputs = [SamplingInput(Request("r", 1, (1, 2), sampling), token_ids=(3,)) for sampling in (*sampled, *sampled)]
+        sample(logits[:4], inputs)
+    assert sorted(recorder.names - set(ALLOWED)) == []
+
+
+def test_v2_routers_use_listed_operations_only():
+    with _Recorder() as recorder:
+        ref.route_softmax(torch.randn(16, 8), ref.RouterRule(3, 4, 2, normalise=False, scale=2.0))
+    assert sorted(recorder.names - set(ALLOWED)) == ["aten.randn"]
+
+
+def _row_functions(width: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Functions of [rows, width] whose rows must not see each other."""
+    weight = torch.randn(width)
+    return {
+        "exp": lambda x: x.clone().exp_(),
+        "sum": lambda x: x.sum(-1, keepdim=True),
+        "rms_norm": lambda x: ref.rms_norm(x, weight, eps=1e-6),
+        "swiglu": lambda x: ref.swiglu(torch.cat((x, x.flip(-1)), dim=-1)),
+        "rotate": lambda x: ref.rotate(x, weight.cos(), weight.sin()),
+        "reciprocal": lambda x: x.reciprocal(),
+        "softmax weights": lambda x: (x - x.amax(-1, keepdim=True)).exp_(),
+    }
+
+
+@pytest.mark.parametrize("width", ODD_WIDTHS)
+def test_rows_of_row_functions_do_not_see_one_another(width: int):
+    torch.manual_seed(width)
+    x = torch.randn(256, width) * 4
+    for name, function in _row_functions(width).items():
+        alone = torch.cat([function(row) for row in x.split(1)])
+        for count in range(1, 257):
+            assert torch.equal(function(x[:count]), alone[:count]), f"{name}, width {width}, {count} rows"
+
+
+@pytest.mark.parametrize("kind", list(Router))
+def test_routing_of_a_row_does_not_depend_on_the_batch(kind: Router):
+    torch.manual_seed(3)
+    logits, bias = torch.randn(256, 24) * 2, torch.randn(24) * 0.1
+    logits[5] = 0.0  # ties everywhere
+    rule = ref.RouterRule(3, 4, 2, normalise=True, scale=2.5)
+
+    def route(x: torch.Tensor) -> ref.Routing:
+        return ref.route_sigmoid_bias(x, bias, rule) if kind.has_bias else ref.route_softmax(x, rule)
+
+    alone = [route(row) for row in logits.split(1)]
+    for count in range(1, 257):
+        both = route(logits[:count])
+        assert torch.equal(both.weights_NA, torch.cat([one.weights_NA for one in alone[:count]]))
+        assert torch.equal(both.expert_ids_NA, torch.cat([one.expert_ids_NA for one in alone[:count]]))
+
+
+def test_ties_go_to_the_lower_expert():
+    rule = ref.RouterRule(3, 1, 1, normalise=True, scale=1.0)
+    routing = ref.route_sigmoid_bias(torch.zeros(16, 8), torch.zeros(8), rule)
+    assert routing.expert_ids_NA.tolist() == [[0, 1, 2]] * 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inner", "outer"), [(33, 57), (192, 176), (1000, 700)])
+@pytest.mark.parametrize("group", [16, 64])
+def test_products_of_a_row_do_not_depend_on_rows_or_place(dtype: torch.dtype, inner: int, outer: int, group: int):
+    torch.manual_seed(inner)
+    x, weight = torch.randn(256, inner).to(dtype), torch.randn(inner, outer).to(dtype)
+    heads = torch.randn(3, inner, 20).to(dtype)
+    x_heads = torch.randn(256, 3, inner).to(dtype)
+    full = ref.grouped_matmul(x, weight, group=group)
+    full_heads = ref.grouped_head_matmul(x_heads, heads, group=group)
+    for count in range(group, 257, group):
+        assert torch.equal(ref.grouped_matmul(x[:count], weight, group=group), full[:count])
+        assert torch.equal(ref.grouped_head_matmul(x_heads[:count], heads, group=group), full_heads[:, :count])
+    shifted = ref.grouped_matmul(x.roll(5, 0), weight, group=group)
+    assert torch.equal(shifted.roll(-5, 0), full)
+
+
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(64, 80, 4), (4, 64, 80), (3, 57, 33), (64, 28, 64)])
+def test_batched_products_do_not_depend_on_the_batch(rows: int, inner: int, outer: int):
+    torch.manual_seed(rows)
+    left, right = torch.randn(256, rows, inner), torch.randn(256, inner, outer)
+    transposed = torch.randn(256, outer, inner).transpose(1, 2)
+    for factor in (right, transposed):
+        full = torch.bmm(left, factor)
+        for count in (*range(1, 20), 31, 64, 100, 255):
+            assert torch.equal(torch.bmm(left[:count], factor[:count]), full[:count])
+            assert torch.equal(torch.bmm(left[-count:], factor[-count:]), full[-count:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_a_row_do_not_depend_on_the_batch(dtype: torch.dtype):
+    torch.manual_seed(2)
+    x = torch.randn(256, 40).to(dtype)
+    gate_up = [torch.randn(40, 36).to(dtype) for _ in range(6)]
+    down = [torch.randn(18, 40).to(dtype) for _ in range(6)]
+    routing = ref.route_softmax(torch.randn(256, 6), ref.RouterRule(2, 1, 1, normalise=False, scale=1.0))
+
+    def experts(count: int, padded: int) -> torch.Tensor:
+        part = ref.Routing(routing.weights_NA[:count], routing.expert_ids_NA[:count])
+        return ref.expert_mlps(x[:padded], part, gate_up, down)
+
+    full = experts(256, 256)
+    for count in range(1, 257, 3):
+        for group in (16, 64):
+            assert torch.equal(experts(count, -(-count // group) * group), full[:count])

@@ -1,0 +1,100 @@
+"""The mirror never makes its reporters wait, keeps their order, and counts what the store would not take."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+
+from kv_transfer.handoff import HandoffState
+from kv_transfer.mirror import HandoffMirror
+from kv_transfer.ownership import HandoffRecord, StoreUnavailable, Transition, TransitionResult
+from kv_transfer.ownership_memory import MemoryOwnership
+from tests.kv_transfer.test_ownership import D1, P1
+
+RESERVED, FILLING, CLAIMED = HandoffState.RESERVED, HandoffState.FILLING, HandoffState.CLAIMED
+
+
+class FlakyOwnership(MemoryOwnership):
+    """A store that is away while `is_away`."""
+
+    is_away = False
+
+    async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
+        if self.is_away:
+            raise StoreUnavailable("away")
+        return await super().begin_handoff(record, ttl_s)
+
+
+@pytest.fixture
+def store() -> FlakyOwnership:
+    return FlakyOwnership()
+
+
+@pytest.fixture
+async def mirror(store: FlakyOwnership) -> AsyncIterator[HandoffMirror]:
+    mirror = HandoffMirror(store, max_changes=50)
+    task = asyncio.create_task(mirror.run())
+    yield mirror
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def report(mirror: HandoffMirror, transfer_id: str, *states: HandoffState) -> None:
+    mirror.begin_handoff(HandoffRecord(transfer_id, "r", D1), 60)
+    before = RESERVED
+    for state in states:
+        mirror.advance_handoff(Transition(transfer_id, before, state, 1, P1))
+        before = state
+
+
+async def test_changes_from_many_threads_arrive_in_the_order_of_each(
+    mirror: HandoffMirror, store: FlakyOwnership
+) -> None:
+    threads = [threading.Thread(target=report, args=(mirror, f"t{number}", FILLING, CLAIMED)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    mirror.put_stream("request", D1, 60)
+    assert await mirror.flush(5)
+    for number in range(10):
+        record = await store.find_handoff(f"t{number}")
+        assert record is not None
+        assert (record.state, record.prefill) == (CLAIMED, P1)
+    assert await store.find_stream("request") == D1
+    mirror.drop_stream("request", D1)
+    assert await mirror.flush(5)
+    assert await store.find_stream("request") is None
+    assert mirror.counters == {}
+
+
+async def test_what_was_reported_while_redis_was_away_follows(mirror: HandoffMirror, store: FlakyOwnership) -> None:
+    store.is_away = True
+    report(mirror, "t", FILLING)
+    assert not await mirror.flush(0.05)
+    store.is_away = False
+    assert await mirror.flush(5)
+    record = await store.find_handoff("t")
+    assert record is not None
+    assert record.state is FILLING
+    assert mirror.counters["mirror.unavailable"] >= 1
+
+
+async def test_at_the_bound_the_oldest_change_is_dropped(mirror: HandoffMirror, store: FlakyOwnership) -> None:
+    store.is_away = True
+    for number in range(80):
+        mirror.begin_handoff(HandoffRecord(f"t{number}", "r", D1), 60)
+    assert mirror.counters["mirror.dropped"] == 30
+    store.is_away = False
+    assert await mirror.flush(5)
+    assert await store.find_handoff("t0") is None
+    assert await store.find_handoff("t79") is not None
+
+
+async def test_refusals_and_unknown_ids_are_counted_alarms(mirror: HandoffMirror) -> None:
+    report(mirror, "t", FILLING)
+    mirror.advance_handoff(Transition("t", RESERVED, HandoffState.RELEASED, 1))
+    mirror.advance_handoff(Transition("never", RESERVED, FILLING, 1))
+    assert await mirror.flush(5)
+    assert mirror.counters == {"mirror.refused": 1, "mirror.unknown": 1}
