@@ -1,14 +1,14 @@
 """Throughput of kv_transfer against raw pyzmq with the same frames: `python -m benchmarks.transfer`.
 
 Sender and receiver are separate processes on loopback TCP. The raw baseline sends the same [header, body] messages with
-copy=False from one preallocated buffer, and its receiver copies every body into a preallocated pool and acknowledges the
-last; it checks nothing. Ours gathers rows from shuffled blocks, seals, verifies (xxh3-128), scatters into shuffled blocks,
-acknowledges each frame and keeps within credit. Pairs alternate which goes first.
+copy=False from preallocated memory; its receiver copies every body into a preallocated pool and acknowledges the last. It
+checks nothing. Ours takes rows from blocks, seals, verifies (xxh3-128) before it writes, scatters into shuffled blocks,
+acknowledges each frame and keeps within credit. Pairs alternate which goes first. The sender's blocks are neighbours, as
+in a pool that is not fragmented (sent where they lie), or shuffled (gathered into staging first).
 """
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import zmq
 
+from benchmarks.machine import describe
 from isthmus.ids import new_incarnation, new_transfer_id
 from isthmus.kv_layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
@@ -42,6 +43,7 @@ class Load:
 
     num_layers: int
     num_tokens: int
+    is_shuffled: bool  # the sender's blocks; the receiver's always are
 
     @property
     def layout(self) -> KvLayout:
@@ -53,11 +55,19 @@ class Load:
         return self.num_tokens * self.layout.planes[0].row_bytes
 
     @property
+    def blocks(self) -> str:
+        return "shuffled" if self.is_shuffled else "neighbours"
+
+    @property
     def num_bytes(self) -> int:
         return self.frame_bytes * self.num_layers
 
     @property
-    def block_table(self) -> list[int]:
+    def sender_table(self) -> list[int]:
+        return self.receiver_table if self.is_shuffled else list(range(self.num_tokens // BLOCK_SIZE))
+
+    @property
+    def receiver_table(self) -> list[int]:
         return np.random.default_rng(0).permutation(self.num_tokens // BLOCK_SIZE).tolist()
 
     @property
@@ -90,7 +100,7 @@ def receive(load: Load) -> None:
         tell(endpoint=receiver.endpoint, incarnation=incarnation, raw=raw.getsockopt_string(zmq.LAST_ENDPOINT))
         for line in sys.stdin:
             transfer_id = json.loads(line)["transfer_id"]
-            table = tuple(load.block_table)
+            table = tuple(load.receiver_table)
             reservation = Reservation(transfer_id, 1, "", table, load.extents, time.monotonic() + 60)
             if claimed:
                 receiver.release(claimed.pop().transfer_id)
@@ -138,7 +148,7 @@ def send_ours(sender: Sender, load: Load, transfer_id: str, places: dict[str, st
     target = TransferTarget(
         transfer_id, 1, places["endpoint"], places["incarnation"], load.layout.fingerprint, load.extents
     )
-    transfer = sender.open(target, load.block_table, lambda outcome: (outcomes.append(outcome), done.set()))
+    transfer = sender.open(target, load.sender_table, lambda outcome: (outcomes.append(outcome), done.set()))
     for layer in range(load.num_layers):
         transfer.rows_ready(0, layer, 0, load.num_tokens)
     transfer.commit(Token(0))
@@ -171,7 +181,7 @@ class Child:
 
 def measure(load: Load, num_pairs: int) -> list[tuple[float, float]]:
     """GB/s of (ours, raw) per pair, after one warm-up of each."""
-    shape = ["--layers", str(load.num_layers), "--tokens", str(load.num_tokens)]
+    shape = ["--layers", str(load.num_layers), "--tokens", str(load.num_tokens), "--blocks", load.blocks]
     receiver = Child("--role", "receive", *shape)
     places = receiver.hear()
     sender = Child("--role", "send", "--places", json.dumps(places), *shape)
@@ -193,7 +203,9 @@ def measure(load: Load, num_pairs: int) -> list[tuple[float, float]]:
 
 
 def report(load: Load, pairs: list[tuple[float, float]]) -> None:
-    print(f"\nframes of {load.frame_bytes / 2**20:.2f} MiB, {load.num_bytes / 1e6:.0f} MB a transfer")
+    print(
+        f"\nframes of {load.frame_bytes / 2**20:.2f} MiB, {load.num_bytes / 1e6:.0f} MB a transfer, sender's blocks {load.blocks}"
+    )
     print("  ours GB/s  raw GB/s  ratio")
     for ours, raw in pairs:
         print(f"  {ours:9.2f}  {raw:8.2f}  {ours / raw:5.2f}")
@@ -208,17 +220,16 @@ def main() -> None:
     parser.add_argument("--places", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--tokens", type=int, nargs="+", default=[912, 1808, 3632], help="rows of a frame")
+    parser.add_argument("--blocks", nargs="+", choices=("neighbours", "shuffled"), default=["neighbours", "shuffled"])
     parser.add_argument("--pairs", type=int, default=10)
     options = parser.parse_args()
-    loads = [Load(options.layers, tokens) for tokens in options.tokens]
+    kinds = [blocks == "shuffled" for blocks in options.blocks]
+    loads = [Load(options.layers, tokens, kind) for kind in kinds for tokens in options.tokens]
     if options.role:
         sys.setswitchinterval(5e-4)  # as the services do
         receive(loads[0]) if options.role == "receive" else send(loads[0], options.places)
         return
-    print(
-        f"{platform.processor() or platform.machine()}, {len(__import__('os').sched_getaffinity(0))} cores, "
-        f"Python {platform.python_version()}, libzmq {zmq.zmq_version()}, pyzmq {zmq.pyzmq_version()}"
-    )
+    print(describe())
     for load in loads:
         report(load, measure(load, options.pairs))
 

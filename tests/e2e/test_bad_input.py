@@ -21,7 +21,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 BYSTANDER = request("And it came to pass", max_tokens=80, temperature=0.8, seed=5, ignore_eos=True, logprobs=1)
 
 
-@pytest_asyncio.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def alone(stack: Stack) -> Result:
     async with Client(stack.router) as client:
         return await client.generate(BYSTANDER)

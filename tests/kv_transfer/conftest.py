@@ -1,4 +1,4 @@
-"""A real Redis server for the ownership suite, and the machine's own threads and descriptors counted around each test."""
+"""A real Redis server for the ownership suite, and this process's descriptors counted."""
 
 import os
 import socket

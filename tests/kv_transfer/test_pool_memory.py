@@ -1,5 +1,7 @@
 """Copies between bodies and blocks, against a row by row definition."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,7 +53,7 @@ def test_tables_and_memory_are_checked_at_the_edge() -> None:
         with pytest.raises(ValueError, match="block ids"):
             pool.memory.check_table(table)
     memory = {place: rows.reshape(-1).data for place, rows in pool.rows.items()}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="reshape"):
         PoolMemory(LAYOUT, memory | {(0, 0): memoryview(bytearray(1000))})
 
 
@@ -61,13 +63,12 @@ def test_staging_never_hands_out_a_byte_twice(sizes: list[int], rng: object) -> 
     held = []
     for size in sizes:
         slot = staging.acquire(size)
-        if slot is None or (held and rng.random() < 0.4):  # type: ignore[attr-defined]
-            if held:
-                staging.release(held.pop(rng.randrange(len(held))))  # type: ignore[attr-defined]
+        if held and (slot is None or rng.random() < 0.4):  # type: ignore[attr-defined]
+            staging.release(held.pop(rng.randrange(len(held))))  # type: ignore[attr-defined]
         if slot is not None:
             held.append(slot)
         pages = sorted((s.first_page, s.first_page + s.num_pages) for s in held)
-        assert all(left[1] <= right[0] for left, right in zip(pages, pages[1:], strict=False))
+        assert all(left[1] <= right[0] for left, right in pairwise(pages))
     for slot in held:
         staging.release(slot)
     assert staging.free_bytes == 2**20
