@@ -45,6 +45,6 @@ class TransferEvents:
 class ReceiverOptions:
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
-    credit_bytes: int = 8 * 2**20  # per sender
+    credit_bytes: int = 16 * 2**20  # per sender
     max_peers: int = 256
     max_transfers: int = 1024

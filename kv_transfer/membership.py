@@ -22,6 +22,7 @@ from kv_transfer.ownership import OpenStore, OwnershipStore, StoreUnavailable, W
 log = get_logger("membership")
 Status = Callable[[], admin_pb2.GetStatusResponse]
 FLUSH_S = 0.5
+REGISTER_POLL_S = 0.05
 
 
 @contextlib.asynccontextmanager
@@ -57,7 +58,7 @@ class Membership:
 
     @contextlib.asynccontextmanager
     async def join(self, store: OwnershipStore, layout: KvLayout) -> AsyncIterator[None]:
-        """Leases the record, then serves as soon as the layout fits; gives the lease up at the end."""
+        """Leases the record, then serves as soon as it is registered and its layout fits; ends the lease at the end."""
         keeper = LeaseKeeper(
             lambda: self._open_store(self._config.redis_url),
             lambda: self._record(layout),
@@ -76,14 +77,17 @@ class Membership:
         while True:
             with contextlib.suppress(StoreUnavailable):
                 conflict = find_conflict(layout, self._identity.incarnation, await store.list_workers())
-                if conflict is None:
+                if conflict is None and keeper.last_ok is not None:
                     self._health.ready()
                     keeper.renew_now()
                     return
-                if self._health.snapshot().reason != conflict:
-                    log.warning("layout.conflict", detail=conflict)
-                self._health.not_ready(conflict)
-            await asyncio.sleep(self._config.heartbeat_s)
+                self._wait_because(conflict or "not registered in Redis yet")
+            await asyncio.sleep(REGISTER_POLL_S)
+
+    def _wait_because(self, reason: str) -> None:
+        if self._health.snapshot().reason != reason:
+            log.info("membership.waiting", reason=reason)
+        self._health.not_ready(reason)
 
     def _record(self, layout: KvLayout) -> WorkerRecord:
         status, health = self._status(), self._health.snapshot()

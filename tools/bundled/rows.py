@@ -20,7 +20,7 @@ EARLY_SHARES = {
     "prose": 0.24, "story": 0.01, "story_request": 0.07, "session": 0.20, "recall": 0.08, "repeat": 0.38, "drill": 0.02,
 }  # fmt: skip
 LATE_SHARES = {
-    "prose": 0.40, "story": 0.01, "story_request": 0.06, "session": 0.32, "recall": 0.05, "repeat": 0.13, "drill": 0.03,
+    "prose": 0.30, "story": 0.01, "story_request": 0.06, "session": 0.38, "recall": 0.05, "repeat": 0.17, "drill": 0.03,
 }  # fmt: skip
 
 
