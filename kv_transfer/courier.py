@@ -8,9 +8,9 @@ import zmq
 from isthmus.clock import Clock
 from isthmus.ledger import Ledger
 from kv_transfer.counters import Counters
-from kv_transfer.frames import BadFrame, FrameHeader, FrameKind
+from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, FrameName
 from kv_transfer.link import InFlight, Link, LinkIdentity, LinkLost
-from kv_transfer.messages import Abort, decode_ack
+from kv_transfer.messages import Abort, Acks
 from kv_transfer.outgoing import AbortWanted, Command, CommitReady, Opened, OutgoingTransfer, RowsReady
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.sockets import Context
@@ -182,7 +182,7 @@ class Courier:
         if state.note_sent():
             self._record("transfer.first_frame_sent", transfer)
         tracker = link.send_fill(header, body)
-        link.in_flight[header.range_key] = InFlight(transfer, num_bytes, slot, tracker)
+        link.in_flight[header.name] = InFlight(transfer, num_bytes, slot, tracker)
         state.num_borrowed += slot is None
         link.await_since(self._now())
         if end < piece.end:
@@ -202,29 +202,34 @@ class Courier:
         link.check_connection()
         for header, body in link.answers():
             if header.kind is FrameKind.ACK:
-                self._acked(link, header, decode_ack(body))
+                acks = Acks.decode(body)
+                link.take_credit(acks.credit_bytes)
+                for name in acks.names:
+                    self._acked(link, name)
             elif header.kind is FrameKind.ABORT:
                 self._refused(link, header, Abort.decode(body))
             link.progressed(self._now())
         return False
 
-    def _acked(self, link: Link, header: FrameHeader, kind: FrameKind) -> None:
-        if kind is FrameKind.FILL and (frame := link.in_flight.pop(header.range_key, None)):
+    def _acked(self, link: Link, name: FrameName) -> None:
+        if frame := link.in_flight.pop(name, None):
             frame.transfer.state.note_acked(frame.num_bytes)
             frame.transfer.state.progress_at = self._now()
             self._let_go(frame)
-        elif kind is FrameKind.COMMIT:
-            transfer = self._find(link, header)
+        elif name.kind == FrameKind.COMMIT.value:
+            transfer = self._find(link, name)
             if transfer is not None and transfer.state.num_in_flight == 0:
                 self._finish(transfer, "")
 
     def _refused(self, link: Link, header: FrameHeader, abort: Abort) -> None:
         if abort.refused is FrameKind.CREDIT:
             raise LinkLost(f"refused: {abort.cause}")
-        if frame := link.in_flight.pop(header.range_key, None):
+        kind = 0 if abort.refused is None else abort.refused.value
+        name = header.name._replace(kind=kind)
+        if frame := link.in_flight.pop(name, None):
             frame.transfer.state.num_in_flight -= 1
             self._let_go(frame)
-        if transfer := self._find(link, header):
+        if transfer := self._find(link, name):
             self._place.counters.add(f"refused_by_peer.{abort.cause}" if abort.refused else "aborted_by_peer")
             self._finish(transfer, f"refused: {abort.cause}" if abort.refused else f"aborted: {abort.cause}")
 
@@ -234,8 +239,8 @@ class Courier:
         body = Abort(reason, finished=finished).encode()
         self._guard(link, lambda link: link.send_small(FrameKind.ABORT, body, transfer) or False)
 
-    def _find(self, link: Link, header: FrameHeader) -> OutgoingTransfer | None:
-        place = (header.transfer_id, header.attempt)
+    def _find(self, link: Link, name: FrameName) -> OutgoingTransfer | None:
+        place = (name.transfer_id, name.attempt)
         matching = (t for t in link.transfers if (t.transfer_id, t.order.target.attempt) == place)
         return next(matching, None)
 

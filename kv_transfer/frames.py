@@ -21,6 +21,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import xxhash
 
@@ -42,8 +43,8 @@ class FrameKind(Enum):
     FILL = 1  # P to D: rows of one plane and layer
     COMMIT = 2  # P to D: token 0 and the extents it rests on
     ABORT = 3  # either way: the transfer ends, or this frame was refused
-    ACK = 4  # D to P: echoes the range of the frame it accepts
-    CREDIT = 5  # P asks for credit; D grants bytes
+    ACK = 4  # D to P: names the frames it accepts and grants credit
+    CREDIT = 5  # P asks for credit; D grants the first
 
 
 class Refusal(Enum):
@@ -77,6 +78,22 @@ class BadFrame(Exception):
         self.refusal = refusal
 
 
+class FrameName(NamedTuple):
+    """Unique among the unanswered frames of a link; COMMIT and ABORT have no place."""
+
+    kind: int  # FrameKind.value
+    transfer: bytes
+    attempt: int
+    plane: int = 0
+    layer: int = 0
+    first_token: int = 0
+    num_tokens: int = 0
+
+    @property
+    def transfer_id(self) -> str:
+        return self.transfer.hex()
+
+
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
     kind: FrameKind
@@ -101,9 +118,10 @@ class FrameHeader:
         return self.first_token + self.num_tokens
 
     @property
-    def range_key(self) -> tuple[bytes, int, int, int, int, int]:
-        """What an answer echoes; unique among the unanswered fill frames of a link."""
-        return (self.transfer, self.attempt, self.plane, self.layer, self.first_token, self.num_tokens)
+    def name(self) -> "FrameName":
+        """What an answer calls the frame by."""
+        place = (self.plane, self.layer, self.first_token, self.num_tokens)
+        return FrameName(self.kind.value, self.transfer, self.attempt, *place)
 
     def encode(self) -> bytes:
         return _HEADER.pack(

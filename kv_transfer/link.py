@@ -8,7 +8,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from isthmus.types import TransferTarget
-from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, is_intact, seal
+from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, FrameName, is_intact, seal
 from kv_transfer.messages import decode_credit, encode_credit
 from kv_transfer.outgoing import OutgoingTransfer
 from kv_transfer.sockets import Context, open_dealer
@@ -21,8 +21,6 @@ _LOST_EVENTS = (
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
     | zmq.Event.HANDSHAKE_FAILED_AUTH
 )
-
-RangeKey = tuple[bytes, int, int, int, int, int]
 
 
 class LinkLost(Exception):
@@ -61,7 +59,7 @@ class Link:
         self.identity = identity
         self.credit_bytes = 0
         self.max_body_bytes = MAX_BODY_BYTES
-        self.in_flight: dict[RangeKey, InFlight] = {}
+        self.in_flight: dict[FrameName, InFlight] = {}
         self.transfers: set[OutgoingTransfer] = set()
         self.ready: deque[OutgoingTransfer] = deque()  # those with work, each once, in turn
         self.waiting_since: float | None = None  # Clock.now(): an answer or credit is due since then
@@ -110,7 +108,7 @@ class Link:
                 return
             header, body = self._verified(parts)
             if header.kind is FrameKind.CREDIT:
-                self._take_credit(decode_credit(body))
+                self.take_credit(decode_credit(body))
             yield header, body
 
     def await_since(self, now: float) -> None:
@@ -148,7 +146,7 @@ class Link:
             raise LinkLost("bad answer: of somebody else")
         return header, parts[1]
 
-    def _take_credit(self, num_bytes: int) -> None:
+    def take_credit(self, num_bytes: int) -> None:
         if not self._has_window:
             self._has_window = True
             # At most half the window: the rest is granted again while a frame is under way.

@@ -8,15 +8,16 @@ from google.protobuf.message import DecodeError
 from isthmus.convert import token_from_proto, token_to_proto
 from isthmus.types import Extent, Token
 from isthmus.v1 import types_pb2
-from kv_transfer.frames import BadFrame, Buffer, FrameKind, Refusal
+from kv_transfer.frames import BadFrame, Buffer, FrameKind, FrameName, Refusal
 
 MAX_COMMIT_BYTES = 256 * 2**10
+MAX_ACKS = 64
 _MAX_CAUSE_BYTES = 200
 
 _COMMIT = struct.Struct("<II")  # bytes of the Token message, number of extents
 _EXTENT = struct.Struct("<HHII")  # plane, layer, first token, token count
 _ABORT = struct.Struct("<HH")  # kind of the refused frame (0: the transfer as a whole), 1 if the request is finished
-_ACK = struct.Struct("<H")  # kind of the accepted frame
+_NAME = struct.Struct("<H16sIHHII")  # the fields of a FrameName
 _CREDIT = struct.Struct("<Q")  # bytes granted; 0 asks
 
 
@@ -68,12 +69,24 @@ class Abort:
         return cls(cause, _frame_kind(kind) if kind else None, bool(finished))
 
 
-def encode_ack(accepted: FrameKind) -> bytes:
-    return _ACK.pack(accepted.value)
+@dataclass(frozen=True, slots=True)
+class Acks:
+    """Frames accepted since the last answer, in order, and the credit their bodies give back."""
 
+    credit_bytes: int
+    names: tuple[FrameName, ...]
 
-def decode_ack(body: Buffer) -> FrameKind:
-    return _frame_kind(_unpack_one(_ACK, body))
+    def encode(self) -> bytes:
+        assert len(self.names) <= MAX_ACKS, "the receiver answers in bursts"
+        return _CREDIT.pack(self.credit_bytes) + b"".join(_NAME.pack(*name) for name in self.names)
+
+    @classmethod
+    def decode(cls, body: Buffer) -> "Acks":
+        num_names, rest = divmod(len(body) - _CREDIT.size, _NAME.size)
+        if rest or not 0 <= num_names <= MAX_ACKS:
+            raise BadFrame(Refusal.BAD_BODY)
+        names = tuple(FrameName._make(fields) for fields in _NAME.iter_unpack(body[_CREDIT.size :]))
+        return cls(_CREDIT.unpack_from(body)[0], names)
 
 
 def encode_credit(num_bytes: int) -> bytes:
@@ -81,14 +94,9 @@ def encode_credit(num_bytes: int) -> bytes:
 
 
 def decode_credit(body: Buffer) -> int:
-    return _unpack_one(_CREDIT, body)
-
-
-def _unpack_one(form: struct.Struct, body: Buffer) -> int:
-    if len(body) != form.size:
+    if len(body) != _CREDIT.size:
         raise BadFrame(Refusal.BAD_BODY)
-    value: int = form.unpack(body)[0]
-    return value
+    return _CREDIT.unpack(body)[0]
 
 
 def _frame_kind(value: int) -> FrameKind:

@@ -1,6 +1,9 @@
 """Byte credit of the links that send to a receiver: how much each may still send, and what it is owed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from kv_transfer.frames import FrameName
+from kv_transfer.messages import MAX_ACKS, Acks
 
 
 @dataclass(slots=True)
@@ -10,6 +13,7 @@ class Peer:
     incarnation: bytes
     credit_bytes: int  # granted and not yet used
     owed_bytes: int = 0  # taken in and not yet granted again
+    accepted: list[FrameName] = field(default_factory=list[FrameName])  # not yet told to the sender
 
 
 class Peers:
@@ -48,13 +52,19 @@ class Peers:
         peer.owed_bytes += num_bytes
         return True
 
-    def take_grant(self, peer: Peer) -> int:
-        """Bytes to grant now: a quarter of the window or more at a time, so that grants stay rarer than frames."""
-        if peer.owed_bytes * 4 < self._window_bytes:
-            return 0
-        granted, peer.owed_bytes = peer.owed_bytes, 0
-        peer.credit_bytes += granted
-        return granted
+    def is_answer_due(self, peer: Peer) -> bool:
+        """More must not wait for the end of the burst: a quarter of the window is owed, or the answer is full."""
+        return peer.owed_bytes * 4 >= self._window_bytes or len(peer.accepted) == MAX_ACKS
+
+    def take_answer(self, peer: Peer) -> Acks | None:
+        """What the link has not been told yet; everything it is owed is granted with it."""
+        if not peer.accepted and not peer.owed_bytes:
+            return None
+        answer = Acks(peer.owed_bytes, tuple(peer.accepted))
+        peer.credit_bytes += peer.owed_bytes
+        peer.owed_bytes = 0
+        peer.accepted.clear()
+        return answer
 
     def drop(self, routing_id: bytes) -> None:
         self._peers.pop(routing_id, None)

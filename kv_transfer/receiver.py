@@ -16,7 +16,7 @@ from isthmus.ledger import Ledger
 from isthmus.types import Extent
 from kv_transfer.counters import Counters
 from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
-from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, Refusal, is_intact
+from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, FrameName, Refusal, is_intact
 from kv_transfer.handoff import HandoffState
 from kv_transfer.messages import Abort, Commit, decode_credit
 from kv_transfer.peers import Peers
@@ -142,6 +142,7 @@ class Receiver:
             self._receive_burst()
             self._expire()
             self._send_notices()
+            self._replies.flush()
 
     def _receive_burst(self) -> None:
         with suppress(zmq.Again):
@@ -166,7 +167,6 @@ class Receiver:
         except Exception as error:  # noqa: BLE001 - one message must not end the thread that serves all others
             self._ledger.record("transfer.error", transfer_id=header.transfer_id, cause=repr(error))
             self._replies.refuse(link, header, Refusal.INTERNAL)
-        self._replies.grant_owed(link)
         self._report_claims()
 
     def _check_link(self, link: bytes, header: FrameHeader, body_bytes: int) -> None:
@@ -212,7 +212,7 @@ class Receiver:
                 self._writing = None
                 self._lock.notify_all()
         transfer = _accepted(outcome).transfer
-        self._replies.ack(link, header)
+        self._replies.ack(link, header.name)
         if accept.gaps and transfer.coverage.is_complete:
             self._record("transfer.covered", transfer)
 
@@ -229,7 +229,7 @@ class Receiver:
             _accepted(self._transfers.committed(header, commit))
             self._links[header.transfer_id] = link
         if was_claimed:  # otherwise acknowledged when the rows are there
-            self._replies.ack(link, header)
+            self._replies.ack(link, header.name)
 
     def _abort(self, link: bytes, header: FrameHeader, body: memoryview) -> None:
         notice = Abort.decode(body)
@@ -237,7 +237,7 @@ class Receiver:
             _accepted(self._transfers.check(header))
             self._links.pop(header.transfer_id, None)  # the sender knows
             ended = self._transfers.abort(header.transfer_id, notice.cause)
-        self._replies.ack(link, header)
+        self._replies.ack(link, header.name)
         if ended is not None:
             self._report_failure(ended, notice.cause, finished=notice.finished)
 
@@ -259,7 +259,8 @@ class Receiver:
                 link = self._links.get(transfer.transfer_id)
             if link is None or transfer.commit is None:  # released by another thread already
                 continue
-            self._replies.ack_commit(link, bytes.fromhex(transfer.transfer_id), transfer.attempt)
+            transfer_bytes = bytes.fromhex(transfer.transfer_id)
+            self._replies.ack(link, FrameName(FrameKind.COMMIT.value, transfer_bytes, transfer.attempt))
             self._events.on_ready(
                 ClaimedTransfer(transfer.transfer_id, transfer.request_id, transfer.commit.token, transfer.stats)
             )

@@ -1,9 +1,9 @@
 """Publishing: each layer's latent rows leave for decode while the next layer computes."""
 
-from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 
 from isthmus.kv_layout import KvLayout
+from isthmus.worker_context import WorkerContext
 from prefill_service.sequence import Chunk, Sequence
 
 
@@ -14,18 +14,25 @@ class Abandoned(Exception):
 class LayerPublisher:
     """`on_layer` of one step's pass: hands finished rows to the transfers, and checks for cancellation."""
 
-    def __init__(self, chunks: Ordered[Chunk], layout: KvLayout, *, now: Callable[[], float]):
+    def __init__(self, chunks: Ordered[Chunk], layout: KvLayout, context: WorkerContext):
         self._chunks = chunks
         self._layout = layout
-        self._now = now
+        self._clock = context.clock
+        self._ledger = context.ledger
 
     def __call__(self, layer: int) -> None:
-        now = self._now()
+        now = self._clock.now()
         live = [chunk for chunk in self._chunks if not chunk.sequence.must_stop(now)]
         if not live:
             raise Abandoned
         for sequence, start, num_tokens in live:
             send_rows(sequence, self._layout, layer, start, num_tokens)
+            if layer == num_layers(self._layout) - 1 and start == sequence.num_cached_tokens:
+                self._ledger.record("prefill.first_chunk_stored", request_id=sequence.request.request_id)
+
+
+def num_layers(layout: KvLayout) -> int:
+    return max(plane.num_layers for plane in layout.planes)
 
 
 def send_rows(sequence: Sequence, layout: KvLayout, layer: int, start: int, num_tokens: int) -> None:
@@ -39,5 +46,5 @@ def send_rows(sequence: Sequence, layout: KvLayout, layer: int, start: int, num_
 
 def send_cached_prefix(sequence: Sequence, layout: KvLayout) -> None:
     """A prefix found in this worker's cache is sent as it lies, before anything is computed."""
-    for layer in range(max(plane.num_layers for plane in layout.planes)):
+    for layer in range(num_layers(layout)):
         send_rows(sequence, layout, layer, 0, sequence.num_cached_tokens)

@@ -43,6 +43,7 @@ class PrefillLoop:
         self._engine = engine
         self._sender = sender
         self._tile_budget = tile_budget
+        self._context = context
         self._ledger = context.ledger
         self._progress = context.progress
         self._clock = context.clock
@@ -158,7 +159,7 @@ class PrefillLoop:
         send_cached_prefix(sequence, self._engine.layout)
 
     def _step(self, chunks: list[Chunk]) -> None:
-        publisher = LayerPublisher(chunks, self._engine.layout, now=self._clock.now)
+        publisher = LayerPublisher(chunks, self._engine.layout, self._context)
         inputs = [
             PrefillChunk(
                 token_ids=chunk.sequence.request.prompt_token_ids[chunk.start : chunk.start + chunk.num_tokens],
@@ -185,12 +186,8 @@ class PrefillLoop:
             self._finish(sequence, result)
 
     def _account(self, chunks: list[Chunk]) -> None:
-        for sequence, start, num_tokens in chunks:
+        for sequence, _, num_tokens in chunks:
             sequence.stamp()
-            if start == sequence.num_cached_tokens:
-                self._ledger.record(
-                    "prefill.first_chunk_ended", request_id=sequence.request.request_id, num_tokens=num_tokens
-                )
             sequence.num_computed_tokens += num_tokens
             self.num_tokens += num_tokens
             if sequence.num_left:

@@ -72,7 +72,8 @@ def export(arguments: argparse.Namespace, corpus: Corpus) -> None:
     staged = arguments.out.with_name(f"{arguments.out.name}.part")
     write_folder(read_state(arguments.run), load_tokenizer(arguments.run), staged)
     scores = evaluate(staged, corpus, samples=arguments.samples)
-    provenance = Provenance(run, WARM_START if run.warm_start else FRESH_START, arguments.device, DECAY_SHARE)
+    start = WARM_START if run.warm_start else FRESH_START
+    provenance = Provenance(run, start, arguments.device, DECAY_SHARE, arguments.note)
     samples = sample_text(Answerer(staged), corpus)
     (staged / "README.md").write_text(model_card(read_network(staged), provenance, scores, samples))
     publish(staged, arguments.out)
@@ -103,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     exporting.add_argument("--out", type=Path, required=True)
     exporting.add_argument("--samples", type=int, default=200)
     exporting.add_argument("--device", default="one CPU core", help="what the run was trained on, for the model card")
+    exporting.add_argument("--note", default="", help="a sentence for the model card on how this run was made")
     exporting.set_defaults(action=export)
     return parser.parse_args()
 

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 
 from isthmus.types import Extent, Token
 from kv_transfer import messages
-from kv_transfer.frames import HEADER_BYTES, MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, Refusal, is_intact, seal
-from kv_transfer.messages import Abort, Commit
+from kv_transfer.frames import (
+    HEADER_BYTES,
+    MAX_BODY_BYTES,
+    BadFrame,
+    FrameHeader,
+    FrameKind,
+    FrameName,
+    Refusal,
+    is_intact,
+    seal,
+)
+from kv_transfer.messages import Abort, Acks, Commit
 
 ids = st.binary(min_size=16, max_size=16)
 u16 = st.integers(0, 2**16 - 1)
@@ -94,7 +104,7 @@ def test_a_commit_comes_back(extents: list[Extent], token_id: int) -> None:
 
 @given(st.binary(max_size=200))
 def test_random_bodies_are_refused_or_decoded(body: bytes) -> None:
-    for decode in (Commit.decode, Abort.decode, messages.decode_ack, messages.decode_credit):
+    for decode in (Commit.decode, Abort.decode, Acks.decode, messages.decode_credit):
         with suppress(BadFrame):
             decode(body)
 
@@ -111,3 +121,11 @@ def test_an_abort_keeps_its_cause_within_bounds() -> None:
     assert len(body) < 256
     assert Abort.decode(body).refused is FrameKind.FILL
     assert Abort.decode(Abort("done", finished=True).encode()) == Abort("done", finished=True)
+
+
+def test_acks_come_back_with_their_credit() -> None:
+    acks = Acks(123, (FrameName(1, b"t" * 16, 2, 3, 4, 5, 6), FrameName(2, b"u" * 16, 1)))
+    assert Acks.decode(acks.encode()) == acks
+    assert Acks.decode(Acks(0, ()).encode()) == Acks(0, ())
+    with pytest.raises(BadFrame):
+        Acks.decode(bytes(8 + 34 * (messages.MAX_ACKS + 1)))

@@ -148,7 +148,7 @@ def network_scores(folder: Path, answerer: Answerer, corpus: Corpus) -> Iterator
     """Agreement of the training network with transformers, and of the MTP layer with the main model."""
     network = read_network(folder)
     prose = held_out_rows(answerer.tokenizer, corpus, 8, 514)
-    mixed = Rows(answerer.tokenizer, corpus, EVALUATION_SEED).batch(1, 1.0)
+    mixed = Rows(answerer.tokenizer, corpus._replace(train=corpus.held_out), EVALUATION_SEED).batch(1, 1.0)
     for name, ids_BT in (("held-out prose", prose), ("mixed rows", mixed)):
         with torch.no_grad():
             hidden = network(ids_BT[:, :-1])

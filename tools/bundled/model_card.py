@@ -54,7 +54,7 @@ Conversations: `<|bos|>[<|system|>S]<|user|>Q<|assistant|>A<|eos|><|user|>...`, 
 | last training loss | {train_loss:.3f} nats/token (weighted), MTP {mtp_loss:.3f} |
 | script | `python tools/train_bundled.py train --help` |
 
-A run bounded by minutes depends on the machine's speed; `--steps` repeats bit for bit on one machine.
+A run bounded by minutes depends on the machine's speed; `--steps` repeats bit for bit on one machine. {note}
 
 ## Data and licences
 
@@ -96,6 +96,7 @@ class Provenance(NamedTuple):
     start: str
     device: str
     decay_share: float
+    note: str
 
 
 def model_card(network: Network, provenance: Provenance, scores: Sequence[Score], samples: str) -> str:
@@ -110,6 +111,7 @@ def model_card(network: Network, provenance: Provenance, scores: Sequence[Score]
         device=provenance.device,
         start=provenance.start,
         decay=provenance.decay_share,
+        note=provenance.note,
         train_loss=run.train_loss,
         mtp_loss=run.mtp_loss,
         scores=table(scores),
