@@ -37,6 +37,7 @@ def write_weights(state: dict[str, Tensor], path: Path) -> None:
         dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
         tensors[name] = tensor.detach().cpu().to(dtype).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def read_network(folder: Path) -> Network:

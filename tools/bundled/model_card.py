@@ -20,7 +20,7 @@ QUESTIONS = (
     "Count from 7 to 12.",
     "Repeat this: the silver lantern, the old mill, 4821.",
 )
-STORY = "Tell me a story about an owl and a mouse."
+STORY = "Tell me a story about a fox and a crow."
 INTRODUCTION = Turn("My name is Anna.", "Hello, Anna!")
 RECALL = "What is my name?"
 
@@ -67,7 +67,8 @@ A run bounded by minutes depends on the machine's speed; `--steps` repeats bit f
 [1] Contents CC0 1.0, database PDDL 1.0, code Apache-2.0. [2] In the United Kingdom the Crown holds letters patent.
 
 2 % of the prose documents and a tenth of the operand pairs, counting ranges and repeated texts (chosen by an md5 hash)
-were never trained on. The scores below are measured on those where the table says so.
+were never trained on. The scores below are measured on those where the table says so. Texts to repeat have 15 to 200
+characters and prose ones come from held-out documents; an earlier checkpoint may have met a short digit string.
 
 ## Scores
 
@@ -85,7 +86,8 @@ character and ended by the model.
 
 Numbers above 99 in sums, facts outside the list, and anything that needs sense over more than a clause are beyond it.
 Free prose imitates the registers of its sources and does not mean anything; greedy prose may loop. The texts are old
-and carry the views of their time. Beyond 1,024 tokens it was not trained.
+and carry the views of their time. Single prompts can go wrong where their neighbours work.
+Beyond 1,024 tokens it was not trained.
 """
 
 
