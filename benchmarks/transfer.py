@@ -1,10 +1,10 @@
 """Throughput of kv_transfer against raw pyzmq with the same frames: `python -m benchmarks.transfer`.
 
 Sender and receiver are separate processes on loopback TCP. The raw baseline sends the same [header, body] messages with
-copy=False from preallocated memory; its receiver copies every body into a preallocated pool and acknowledges the last. It
-checks nothing. Ours takes rows from blocks, seals, verifies (xxh3-128) before it writes, scatters into shuffled blocks,
-acknowledges each frame and keeps within credit. Pairs alternate which goes first. The sender's blocks are neighbours, as
-in a pool that is not fragmented (sent where they lie), or shuffled (gathered into staging first).
+copy=False from preallocated memory; its receiver copies every body into a preallocated pool and acknowledges the last.
+It checks nothing. Ours takes rows from blocks, seals, verifies (xxh3-128) before it writes, scatters into shuffled
+blocks, acknowledges each frame and keeps within credit. Pairs alternate which goes first. The sender's blocks are
+neighbours, as in a pool that is not fragmented (sent where they lie), or shuffled (gathered into staging first).
 """
 
 import argparse
@@ -203,9 +203,8 @@ def measure(load: Load, num_pairs: int) -> list[tuple[float, float]]:
 
 
 def report(load: Load, pairs: list[tuple[float, float]]) -> None:
-    print(
-        f"\nframes of {load.frame_bytes / 2**20:.2f} MiB, {load.num_bytes / 1e6:.0f} MB a transfer, sender's blocks {load.blocks}"
-    )
+    frame_mib, transfer_mb = load.frame_bytes / 2**20, load.num_bytes / 1e6
+    print(f"\nframes of {frame_mib:.2f} MiB, {transfer_mb:.0f} MB a transfer, sender's blocks {load.blocks}")
     print("  ours GB/s  raw GB/s  ratio")
     for ours, raw in pairs:
         print(f"  {ours:9.2f}  {raw:8.2f}  {ours / raw:5.2f}")

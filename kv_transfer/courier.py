@@ -56,8 +56,9 @@ class Courier:
         self._link_of: dict[OutgoingTransfer, Link] = {}
         self._orphans: list[InFlight] = []  # of closed links: ZeroMQ may still be reading their staging
 
-    def wait(self, timeout_ms: int) -> None:
-        self._poller.poll(min(timeout_ms, _ORPHAN_MS) if self._orphans else timeout_ms)
+    def wait(self, timeout_ms: int) -> set[object]:
+        """What has something to say: the wake-up's descriptor, sockets and monitors."""
+        return {who for who, _ in self._poller.poll(min(timeout_ms, _ORPHAN_MS) if self._orphans else timeout_ms)}
 
     def handle(self, command: Command) -> None:
         transfer = command.transfer
@@ -78,10 +79,13 @@ class Courier:
         if transfer.state.has_work and transfer not in (ready := self._link_of[transfer].ready):
             ready.append(transfer)
 
-    def turn(self) -> bool:
-        """Takes answers, then sends a burst. True if there is more to send at once."""
+    def turn(self, speaking: set[object]) -> bool:
+        """Takes answers from those that `wait` named, then sends a burst. True if there is more to send at once."""
         for link in list(self._links.values()):
-            self._guard(link, self._take_answers)
+            if link.socket in speaking:
+                self._guard(link, self._take_answers)
+            if link.monitor in speaking:
+                self._guard(link, Link.check_connection)
         self._free_orphans()
         for _ in range(_MAX_BURST):
             sent = [self._guard(link, self._send_next) for link in list(self._links.values())]
@@ -149,7 +153,7 @@ class Courier:
         return sent
 
     def _send_piece(self, link: Link, transfer: OutgoingTransfer) -> bool:
-        state, target = transfer.state, transfer.order.target
+        state = transfer.state
         piece = state.pieces[0]
         row_bytes = self._place.memory.row_bytes(piece.plane)
         max_rows = max(1, min(link.max_body_bytes, self._options.max_frame_bytes) // row_bytes)
@@ -166,23 +170,10 @@ class Courier:
                 return False
             body = slot.view
             self._place.memory.read_rows(place, table, interval, body)
-        header = FrameHeader(
-            kind=FrameKind.FILL,
-            fingerprint=link.identity.fingerprint,
-            sender=link.identity.sender,
-            receiver=link.identity.receiver,
-            transfer=bytes.fromhex(target.transfer_id),
-            attempt=target.attempt,
-            plane=piece.plane,
-            layer=piece.layer,
-            first_token=piece.first,
-            num_tokens=end - piece.first,
-            body_bytes=num_bytes,
-        )
         if state.note_sent():
             self._record("transfer.first_frame_sent", transfer)
-        tracker = link.send_fill(header, body)
-        link.in_flight[header.name] = InFlight(transfer, num_bytes, slot, tracker)
+        name, tracker = link.send_fill(transfer.order.target, piece._replace(end=end), body)
+        link.in_flight[name] = InFlight(transfer, num_bytes, slot, tracker)
         state.num_borrowed += slot is None
         link.await_since(self._now())
         if end < piece.end:
@@ -199,7 +190,6 @@ class Courier:
         return True
 
     def _take_answers(self, link: Link) -> bool:
-        link.check_connection()
         for header, body in link.answers():
             if header.kind is FrameKind.ACK:
                 acks = Acks.decode(body)

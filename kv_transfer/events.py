@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.types import Extent, Token
-from kv_transfer.transfers import StateChange, TransferStats
+from kv_transfer.transfers import IncomingTransfer, StateChange, TransferStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +13,11 @@ class ClaimedTransfer:
     request_id: str
     token: Token  # token 0
     stats: TransferStats
+
+    @classmethod
+    def of(cls, transfer: IncomingTransfer) -> "ClaimedTransfer":
+        assert transfer.commit is not None, "claimed by its commit"
+        return cls(transfer.transfer_id, transfer.request_id, transfer.commit.token, transfer.stats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,11 @@ class FailedTransfer:
     missing: tuple[Extent, ...]
     reason: str  # "fill_deadline", or the sender's own words
     finished: bool = False  # nothing failed: the request ended at token 0 and needs no decode
+
+    @classmethod
+    def of(cls, transfer: IncomingTransfer, reason: str, *, finished: bool = False) -> "FailedTransfer":
+        ids = (transfer.transfer_id, transfer.request_id, transfer.attempt)
+        return cls(*ids, transfer.coverage.missing(), reason, finished)
 
 
 def _ignore(_: StateChange) -> None: ...

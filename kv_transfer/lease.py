@@ -93,7 +93,7 @@ class LeaseKeeper:
         """The snapshot goes out when its sequence has moved; the lease keeps it alive in between."""
         if self._blocks is None or (snapshot := self._blocks()).sequence == self._published:
             return
-        await store.publish_blocks(incarnation, snapshot, self._times.ttl_s)
+        await store.blocks.publish(incarnation, snapshot, self._times.ttl_s)
         self._published = snapshot.sequence
 
     async def _give_up(self, store: OwnershipStore) -> None:

@@ -10,10 +10,11 @@ from zmq.utils.monitor import parse_monitor_message
 from isthmus.types import TransferTarget
 from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, FrameName, is_intact, seal
 from kv_transfer.messages import decode_credit, encode_credit
-from kv_transfer.outgoing import OutgoingTransfer
+from kv_transfer.outgoing import OutgoingTransfer, Piece
 from kv_transfer.sockets import Context, open_dealer
 from kv_transfer.staging import StagingSlot
 
+_SEND_MORE = zmq.SNDMORE | zmq.NOBLOCK
 _LOST_EVENTS = (
     zmq.Event.DISCONNECTED
     | zmq.Event.CLOSED
@@ -88,16 +89,29 @@ class Link:
         except zmq.ZMQError as error:
             raise LinkLost(f"cannot send: {error}") from error
 
-    def send_fill(self, header: FrameHeader, body: memoryview) -> zmq.MessageTracker:
+    def send_fill(self, target: TransferTarget, piece: Piece, body: memoryview) -> tuple[FrameName, zmq.MessageTracker]:
         """The body is read until the tracker is done. Raises LinkLost: the socket itself is never full."""
+        header = FrameHeader(
+            kind=FrameKind.FILL,
+            fingerprint=self.identity.fingerprint,
+            sender=self.identity.sender,
+            receiver=self.identity.receiver,
+            transfer=bytes.fromhex(target.transfer_id),
+            attempt=target.attempt,
+            plane=piece.plane,
+            layer=piece.layer,
+            first_token=piece.first,
+            num_tokens=piece.end - piece.first,
+            body_bytes=len(body),
+        )
         try:
-            self.socket.send(seal(header, body), zmq.SNDMORE | zmq.NOBLOCK)
+            self.socket.send(seal(header, body), _SEND_MORE)
             tracker = self.socket.send(body, zmq.NOBLOCK, copy=False, track=True)
         except zmq.ZMQError as error:
             raise LinkLost(f"cannot send: {error}") from error
         assert isinstance(tracker, zmq.MessageTracker), "track=True returns a tracker"
-        self.credit_bytes -= header.body_bytes
-        return tracker
+        self.credit_bytes -= len(body)
+        return header.name, tracker
 
     def answers(self) -> Iterator[tuple[FrameHeader, bytes]]:
         """What has come, verified. Credit is taken here. Raises LinkLost for what our receiver would not send."""
@@ -120,12 +134,12 @@ class Link:
         """An answer came; the wait starts again if more is due."""
         self.waiting_since = now if self.in_flight else None
 
-    def check_connection(self) -> None:
-        """Raises LinkLost when ZeroMQ reports the connection closed, refused or unable to shake hands."""
+    def check_connection(self) -> bool:
+        """False, or raises LinkLost when ZeroMQ reports the connection closed, refused or unable to shake hands."""
         try:
             event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:
-            return
+            return False
         raise LinkLost(f"connection lost ({zmq.Event(event['event']).name or 'closed'})".lower())
 
     def close(self) -> None:

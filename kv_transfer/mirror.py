@@ -131,7 +131,7 @@ class HandoffMirror:
             case Transition():
                 return await self._store.advance_handoff(change)
             case _PutStream(request_id, decode, ttl_s):
-                await self._store.put_stream(request_id, decode, ttl_s)
+                await self._store.streams.put(request_id, decode, ttl_s)
             case _DropStream(request_id, decode):
-                await self._store.drop_stream(request_id, decode)
+                await self._store.streams.drop(request_id, decode)
         return TransitionResult.APPLIED

@@ -91,11 +91,39 @@ class BlockSnapshot:
     hashes: Sequence[bytes] = field(default=())  # BLOCK_HASH_BYTES each
 
 
+class BlockIndex(Protocol):
+    """What each worker's cache holds."""
+
+    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
+        """False if the store has a snapshot of the same or a higher sequence."""
+        ...
+
+    async def find(self, incarnation: str) -> BlockSnapshot | None: ...
+
+
+class StreamHints(Protocol):
+    """Which decode worker holds a stream: where Resume looks first."""
+
+    async def put(self, request_id: str, decode: str, ttl_s: float) -> None: ...
+
+    async def drop(self, request_id: str, decode: str) -> bool:
+        """Only if the hint still names `decode`: a zombie must not hide its successor."""
+        ...
+
+    async def find(self, request_id: str) -> str | None: ...
+
+
 class OwnershipStore(Protocol):
     """Every call is bounded in time and raises StoreUnavailable; values that make no sense are skipped and counted."""
 
     @property
     def counters(self) -> dict[str, int]: ...
+
+    @property
+    def blocks(self) -> BlockIndex: ...
+
+    @property
+    def streams(self) -> StreamHints: ...
 
     async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
         """Takes or renews the lease, and with it the life of the worker's block snapshot."""
@@ -104,12 +132,6 @@ class OwnershipStore(Protocol):
     async def drop_worker(self, incarnation: str) -> None: ...
 
     async def list_workers(self) -> list[WorkerRecord]: ...
-
-    async def publish_blocks(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
-        """False if the store has a snapshot of the same or a higher sequence."""
-        ...
-
-    async def list_blocks(self, incarnation: str) -> BlockSnapshot | None: ...
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
         """REFUSED if the id is known with other owners, state or attempt."""
@@ -120,16 +142,6 @@ class OwnershipStore(Protocol):
         ...
 
     async def find_handoff(self, transfer_id: str) -> HandoffRecord | None: ...
-
-    async def put_stream(self, request_id: str, decode: str, ttl_s: float) -> None:
-        """The hint for Resume: which decode worker holds the stream."""
-        ...
-
-    async def drop_stream(self, request_id: str, decode: str) -> bool:
-        """Only if the hint still names `decode`."""
-        ...
-
-    async def find_stream(self, request_id: str) -> str | None: ...
 
     async def ping(self) -> None: ...
 

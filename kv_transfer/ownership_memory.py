@@ -19,7 +19,7 @@ class _Entry(Generic[Value]):
     expires_at: float
 
 
-class _Expiring(Generic[Value]):
+class Expiring(Generic[Value]):
     """A dictionary whose entries end at their time, as Redis keys do."""
 
     def __init__(self, clock: Clock):
@@ -49,16 +49,59 @@ class _Expiring(Generic[Value]):
         return [(name, entry.value) for name, entry in self._entries.items()]
 
 
+class MemoryBlocks:
+    """BlockIndex. `raw` is open so that tests can plant what a hostile writer would."""
+
+    def __init__(self, clock: Clock, counters: Counters):
+        self.raw: Expiring[bytes] = Expiring(clock)
+        self._counters = counters
+
+    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
+        raw = encode_blocks(snapshot)
+        known = await self.find(incarnation)
+        if known is not None and known.sequence >= snapshot.sequence:
+            return False
+        self.raw.put(incarnation, raw, ttl_s)
+        return True
+
+    async def find(self, incarnation: str) -> BlockSnapshot | None:
+        raw = self.raw.get(incarnation)
+        try:
+            return None if raw is None else decode_blocks(raw)
+        except BadRecord:
+            self._counters.add("bad_record.blocks")
+            return None
+
+
+class MemoryStreams:
+    """StreamHints."""
+
+    def __init__(self, clock: Clock):
+        self._streams: Expiring[str] = Expiring(clock)
+
+    async def put(self, request_id: str, decode: str, ttl_s: float) -> None:
+        self._streams.put(request_id, decode, ttl_s)
+
+    async def drop(self, request_id: str, decode: str) -> bool:
+        if self._streams.get(request_id) != decode:
+            return False
+        self._streams.drop(request_id)
+        return True
+
+    async def find(self, request_id: str) -> str | None:
+        return self._streams.get(request_id)
+
+
 class MemoryOwnership:
-    """Single-threaded, like one event loop. Stores the same encoded values, so that the codec is exercised too."""
+    """Single-threaded, like one event loop. Keeps leases and blocks encoded, so that the codec is exercised too."""
 
     def __init__(self, clock: Clock | None = None):
         clock = clock or SystemClock()
         self._counts = Counters()
-        self.workers: _Expiring[bytes] = _Expiring(clock)  # public so that tests can plant what a hostile writer would
-        self.blocks: _Expiring[bytes] = _Expiring(clock)
-        self._handoffs: _Expiring[HandoffRecord] = _Expiring(clock)
-        self._streams: _Expiring[str] = _Expiring(clock)
+        self.workers: Expiring[bytes] = Expiring(clock)  # open for tests, as above
+        self.blocks = MemoryBlocks(clock, self._counts)
+        self.streams = MemoryStreams(clock)
+        self._handoffs: Expiring[HandoffRecord] = Expiring(clock)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -66,11 +109,11 @@ class MemoryOwnership:
 
     async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
         self.workers.put(record.incarnation, encode_worker(record), ttl_s)
-        self.blocks.renew(record.incarnation, ttl_s)
+        self.blocks.raw.renew(record.incarnation, ttl_s)
 
     async def drop_worker(self, incarnation: str) -> None:
         self.workers.drop(incarnation)
-        self.blocks.drop(incarnation)
+        self.blocks.raw.drop(incarnation)
 
     async def list_workers(self) -> list[WorkerRecord]:
         records: list[WorkerRecord] = []
@@ -80,22 +123,6 @@ class MemoryOwnership:
             except BadRecord:
                 self._counts.add("bad_record.worker")
         return records
-
-    async def publish_blocks(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
-        raw = encode_blocks(snapshot)
-        known = await self.list_blocks(incarnation)
-        if known is not None and known.sequence >= snapshot.sequence:
-            return False
-        self.blocks.put(incarnation, raw, ttl_s)
-        return True
-
-    async def list_blocks(self, incarnation: str) -> BlockSnapshot | None:
-        raw = self.blocks.get(incarnation)
-        try:
-            return None if raw is None else decode_blocks(raw)
-        except BadRecord:
-            self._counts.add("bad_record.blocks")
-            return None
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
         known = self._handoffs.get(record.transfer_id)
@@ -120,18 +147,6 @@ class MemoryOwnership:
 
     async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
         return self._handoffs.get(transfer_id)
-
-    async def put_stream(self, request_id: str, decode: str, ttl_s: float) -> None:
-        self._streams.put(request_id, decode, ttl_s)
-
-    async def drop_stream(self, request_id: str, decode: str) -> bool:
-        if self._streams.get(request_id) != decode:
-            return False
-        self._streams.drop(request_id)
-        return True
-
-    async def find_stream(self, request_id: str) -> str | None:
-        return self._streams.get(request_id)
 
     async def ping(self) -> None: ...
 

@@ -45,15 +45,16 @@ _LUA = Path(__file__).with_name("lua")
 _TRANSITION_TABLE = " " + " ".join(f"{a.value}>{b.value}" for a, after in TRANSITIONS.items() for b in after) + " "
 
 
-class RedisOwnership:
-    """One event loop. A command survives its caller's cancellation, or dies with its connection (CVE-2023-28858)."""
+class _Connection:
+    """Commands with a bound in time. A command survives its caller's cancellation, or dies with its connection
+    (CVE-2023-28858: a connection left one answer behind gives the next caller somebody else's data)."""
 
-    def __init__(self, url: str, *, timeout_s: float = 1.0):
+    def __init__(self, url: str, timeout_s: float):
+        self.counters = Counters()
         self._timeout_s = timeout_s
-        self._counts = Counters()
         self._in_flight: set[asyncio.Task[Any]] = set()
         # Any: the library's command types cannot say that nothing is decoded.
-        self._client: Any = redis.asyncio.Redis.from_pool(
+        self.client: Any = redis.asyncio.Redis.from_pool(
             redis.asyncio.BlockingConnectionPool.from_url(
                 url,
                 max_connections=_MAX_CONNECTIONS,
@@ -62,54 +63,121 @@ class RedisOwnership:
                 socket_connect_timeout=timeout_s,
             )
         )
-        self._begin_handoff = self._script("begin_handoff")
-        self._advance_handoff = self._script("advance_handoff")
-        self._publish_blocks = self._script("publish_blocks")
-        self._drop_stream = self._script("drop_stream")
+
+    def script(self, name: str) -> Any:
+        return self.client.register_script((_LUA / f"{name}.lua").read_text())
+
+    async def run(self, command: Awaitable[Answer]) -> Answer:
+        """In a task of its own, so that a cancelled caller never tears a connection out of step."""
+        task = asyncio.ensure_future(command)
+        self._in_flight.add(task)
+        task.add_done_callback(self._forget)
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), self._timeout_s)
+        except TimeoutError as error:
+            task.cancel()  # redis-py closes the connection of a command that was cancelled
+            self.counters.add("unavailable")
+            raise StoreUnavailable(f"no answer from Redis within {self._timeout_s} s") from error
+        except (RedisError, OSError) as error:
+            self.counters.add("unavailable")
+            raise StoreUnavailable(f"Redis: {type(error).__name__}") from error
+
+    async def close(self) -> None:
+        """Commands left by cancelled callers end first, within their own bound."""
+        if self._in_flight:
+            await asyncio.wait(self._in_flight, timeout=self._timeout_s)
+        await self.client.aclose()
+
+    def _forget(self, task: "asyncio.Task[Any]") -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen here when the caller has gone
+
+
+class RedisBlocks:
+    """BlockIndex."""
+
+    def __init__(self, connection: _Connection):
+        self._connection = connection
+        self._publish = connection.script("publish_blocks")
+
+    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
+        arguments = [encode_blocks(snapshot), _milliseconds(ttl_s)]
+        return bool(await self._connection.run(self._publish(keys=[f"blocks:{incarnation}"], args=arguments)))
+
+    async def find(self, incarnation: str) -> BlockSnapshot | None:
+        raw: bytes | None = await self._connection.run(self._connection.client.get(f"blocks:{incarnation}"))
+        try:
+            return None if raw is None else decode_blocks(raw)
+        except BadRecord:
+            self._connection.counters.add("bad_record.blocks")
+            return None
+
+
+class RedisStreams:
+    """StreamHints."""
+
+    def __init__(self, connection: _Connection):
+        self._connection = connection
+        self._drop = connection.script("drop_stream")
+
+    async def put(self, request_id: str, decode: str, ttl_s: float) -> None:
+        command = self._connection.client.set(f"stream:{request_id}", decode, px=_milliseconds(ttl_s))
+        await self._connection.run(command)
+
+    async def drop(self, request_id: str, decode: str) -> bool:
+        return bool(await self._connection.run(self._drop(keys=[f"stream:{request_id}"], args=[decode])))
+
+    async def find(self, request_id: str) -> str | None:
+        raw: bytes | None = await self._connection.run(self._connection.client.get(f"stream:{request_id}"))
+        try:
+            return None if raw is None else decode_stream(raw)
+        except BadRecord:
+            self._connection.counters.add("bad_record.stream")
+            return None
+
+
+class RedisOwnership:
+    """One event loop. Connects at the first command."""
+
+    def __init__(self, url: str, *, timeout_s: float = 1.0):
+        self._connection = _Connection(url, timeout_s)
+        self.blocks = RedisBlocks(self._connection)
+        self.streams = RedisStreams(self._connection)
+        self._begin_handoff = self._connection.script("begin_handoff")
+        self._advance_handoff = self._connection.script("advance_handoff")
 
     @property
     def counters(self) -> dict[str, int]:
-        return self._counts.read()
+        return self._connection.counters.read()
 
     async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
         async def put() -> None:
-            async with self._client.pipeline(transaction=False) as pipe:
+            async with self._connection.client.pipeline(transaction=False) as pipe:
                 pipe.set(f"w:{record.incarnation}", encode_worker(record), px=_milliseconds(ttl_s))
                 pipe.pexpire(f"blocks:{record.incarnation}", _milliseconds(ttl_s))
                 await pipe.execute()
 
-        await self._bounded(put())
+        await self._connection.run(put())
 
     async def drop_worker(self, incarnation: str) -> None:
-        await self._bounded(self._client.delete(f"w:{incarnation}", f"blocks:{incarnation}"))
+        await self._connection.run(self._connection.client.delete(f"w:{incarnation}", f"blocks:{incarnation}"))
 
     async def list_workers(self) -> list[WorkerRecord]:
-        raw = await self._bounded(self._read_workers())
+        raw = await self._connection.run(self._read_workers())
         records: list[WorkerRecord] = []
         for name, value in raw.items():
             try:
                 records.append(decode_worker(value, name))
             except BadRecord:
-                self._counts.add("bad_record.worker")
+                self._connection.counters.add("bad_record.worker")
         return records
-
-    async def publish_blocks(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
-        arguments = [encode_blocks(snapshot), _milliseconds(ttl_s)]
-        return bool(await self._bounded(self._publish_blocks(keys=[f"blocks:{incarnation}"], args=arguments)))
-
-    async def list_blocks(self, incarnation: str) -> BlockSnapshot | None:
-        raw: bytes | None = await self._bounded(self._client.get(f"blocks:{incarnation}"))
-        try:
-            return None if raw is None else decode_blocks(raw)
-        except BadRecord:
-            self._counts.add("bad_record.blocks")
-            return None
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
         owners = [record.state.value, record.request_id, record.decode, record.prefill or ""]
         arguments = [*owners, record.attempt, _milliseconds(ttl_s)]
-        code = await self._bounded(self._begin_handoff(keys=[f"handoff:{record.transfer_id}"], args=arguments))
-        return TransitionResult(code)
+        command = self._begin_handoff(keys=[f"handoff:{record.transfer_id}"], args=arguments)
+        return TransitionResult(await self._connection.run(command))
 
     async def advance_handoff(self, transition: Transition) -> TransitionResult:
         arguments = [
@@ -120,72 +188,33 @@ class RedisOwnership:
             _TRANSITION_TABLE,
             int(transition.to_state.is_final),
         ]
-        code = await self._bounded(self._advance_handoff(keys=[f"handoff:{transition.transfer_id}"], args=arguments))
-        return TransitionResult(code)
+        command = self._advance_handoff(keys=[f"handoff:{transition.transfer_id}"], args=arguments)
+        return TransitionResult(await self._connection.run(command))
 
     async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
-        raw: dict[bytes, bytes] = await self._bounded(self._client.hgetall(f"handoff:{transfer_id}"))
+        command = self._connection.client.hgetall(f"handoff:{transfer_id}")
+        raw: dict[bytes, bytes] = await self._connection.run(command)
         try:
             return decode_handoff(raw, transfer_id) if raw else None
         except BadRecord:
-            self._counts.add("bad_record.handoff")
-            return None
-
-    async def put_stream(self, request_id: str, decode: str, ttl_s: float) -> None:
-        await self._bounded(self._client.set(f"stream:{request_id}", decode, px=_milliseconds(ttl_s)))
-
-    async def drop_stream(self, request_id: str, decode: str) -> bool:
-        return bool(await self._bounded(self._drop_stream(keys=[f"stream:{request_id}"], args=[decode])))
-
-    async def find_stream(self, request_id: str) -> str | None:
-        raw: bytes | None = await self._bounded(self._client.get(f"stream:{request_id}"))
-        try:
-            return None if raw is None else decode_stream(raw)
-        except BadRecord:
-            self._counts.add("bad_record.stream")
+            self._connection.counters.add("bad_record.handoff")
             return None
 
     async def ping(self) -> None:
-        await self._bounded(self._client.ping())
+        await self._connection.run(self._connection.client.ping())
 
     async def close(self) -> None:
-        """Commands left by cancelled callers end first, within their own bound."""
-        if self._in_flight:
-            await asyncio.wait(self._in_flight, timeout=self._timeout_s)
-        await self._client.aclose()
+        await self._connection.close()
 
     async def _read_workers(self) -> dict[str, bytes]:
         names: list[bytes] = []
-        async for name in self._client.scan_iter(match="w:*", count=256):
+        async for name in self._connection.client.scan_iter(match="w:*", count=256):
             names.append(name)
             if len(names) == _MAX_WORKERS:
                 break
-        values = await self._client.mget(names) if names else []
+        values = await self._connection.client.mget(names) if names else []
         found = zip(names, values, strict=True)
         return {name.decode(errors="replace")[2:]: value for name, value in found if value is not None}
-
-    async def _bounded(self, command: Awaitable[Answer]) -> Answer:
-        """Runs the command in a task of its own: a caller that is cancelled never tears a connection out of step."""
-        task = asyncio.ensure_future(command)
-        self._in_flight.add(task)
-        task.add_done_callback(self._forget)
-        try:
-            return await asyncio.wait_for(asyncio.shield(task), self._timeout_s)
-        except TimeoutError as error:
-            task.cancel()  # redis-py closes the connection of a command that was cancelled
-            self._counts.add("unavailable")
-            raise StoreUnavailable(f"no answer from Redis within {self._timeout_s} s") from error
-        except (RedisError, OSError) as error:
-            self._counts.add("unavailable")
-            raise StoreUnavailable(f"Redis: {type(error).__name__}") from error
-
-    def _forget(self, task: "asyncio.Task[Any]") -> None:
-        self._in_flight.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen here when the caller has gone
-
-    def _script(self, name: str) -> Any:
-        return self._client.register_script((_LUA / f"{name}.lua").read_text())
 
 
 def _milliseconds(ttl_s: float) -> int:

@@ -14,9 +14,10 @@ import zmq
 from isthmus.clock import Clock, SystemClock
 from isthmus.ledger import Ledger
 from isthmus.types import Extent
+from kv_transfer.allocator import keep_freed_memory
 from kv_transfer.counters import Counters
 from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
-from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, FrameName, Refusal, is_intact
+from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, FrameName, Refusal, is_intact
 from kv_transfer.handoff import HandoffState
 from kv_transfer.messages import Abort, Commit, decode_credit
 from kv_transfer.peers import Peers
@@ -31,11 +32,9 @@ _MAX_BURST = 32  # messages taken before notices and deadlines get their turn
 
 
 class _Notice(NamedTuple):
-    """A transfer that ended here, of which its sender must hear."""
-
-    link: bytes
-    transfer: IncomingTransfer
-    cause: str
+    link: bytes  # to be told that
+    transfer: IncomingTransfer  # ended here,
+    cause: str  # and why
 
 
 class Receiver:
@@ -69,11 +68,12 @@ class Receiver:
             on_change=self._note_change,
             max_transfers=options.max_transfers,
         )
+        keep_freed_memory(MAX_BODY_BYTES, 4 * options.credit_bytes)
         self._context, self._socket = bind_router(options.host, options.port)
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         widest = max(plane.row_bytes for plane in memory.layout.planes)
         peers = Peers(max(options.credit_bytes, 4 * widest), options.max_peers)
-        self._replies = Replies(self._post, self._incarnation, self._fingerprint, peers, self._counts)
+        self._replies = Replies(self._socket, self._incarnation, self._fingerprint, peers, self._counts)
         self._waker = Waker()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kv-receiver", daemon=True)
@@ -211,10 +211,10 @@ class Receiver:
             with self._lock:
                 self._writing = None
                 self._lock.notify_all()
-        transfer = _accepted(outcome).transfer
+        _accepted(outcome)
         self._replies.ack(link, header.name)
-        if accept.gaps and transfer.coverage.is_complete:
-            self._record("transfer.covered", transfer)
+        if accept.gaps and accept.transfer.coverage.is_complete:
+            self._record("transfer.covered", accept.transfer)
 
     def _write_gaps(self, accept: Accept, header: FrameHeader, body: memoryview) -> None:
         place, table = (header.plane, header.layer), accept.transfer.reservation.block_table
@@ -257,21 +257,14 @@ class Receiver:
             transfer = self._claimed.popleft()
             with self._lock:
                 link = self._links.get(transfer.transfer_id)
-            if link is None or transfer.commit is None:  # released by another thread already
-                continue
-            transfer_bytes = bytes.fromhex(transfer.transfer_id)
-            self._replies.ack(link, FrameName(FrameKind.COMMIT.value, transfer_bytes, transfer.attempt))
-            self._events.on_ready(
-                ClaimedTransfer(transfer.transfer_id, transfer.request_id, transfer.commit.token, transfer.stats)
-            )
+            if link is not None:  # else released by another thread already
+                transfer_bytes = bytes.fromhex(transfer.transfer_id)
+                self._replies.ack(link, FrameName(FrameKind.COMMIT.value, transfer_bytes, transfer.attempt))
+                self._events.on_ready(ClaimedTransfer.of(transfer))
 
     def _report_failure(self, transfer: IncomingTransfer, reason: str, *, finished: bool = False) -> None:
         self._counts.add("finished" if finished else "failed")
-        missing = transfer.coverage.missing()
-        failed = FailedTransfer(
-            transfer.transfer_id, transfer.request_id, transfer.attempt, missing, reason, finished=finished
-        )
-        self._events.on_failed(failed)
+        self._events.on_failed(FailedTransfer.of(transfer, reason, finished=finished))
 
     def _note_change(self, change: StateChange) -> None:
         """Under the lock, from whichever thread made the change."""
@@ -297,9 +290,6 @@ class Receiver:
             cause=cause,
             bytes=transfer.stats.num_bytes,
         )
-
-    def _post(self, link: bytes, header: bytes, body: bytes) -> None:
-        self._socket.send_multipart([link, header, body], zmq.NOBLOCK)
 
 
 def _accepted(verdict: Accept | Refuse | None) -> Accept:

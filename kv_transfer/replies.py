@@ -1,15 +1,12 @@
 """What a receiver answers: acks with credit, and refusals, each on the link its frame came from."""
 
-from collections.abc import Callable
-
 import zmq
 
 from kv_transfer.counters import Counters
 from kv_transfer.frames import NO_TRANSFER, BadFrame, FrameHeader, FrameKind, FrameName, Refusal, seal
 from kv_transfer.messages import Abort, encode_credit
 from kv_transfer.peers import Peer, Peers
-
-Post = Callable[[bytes, bytes, bytes], None]  # routing id, header, body; raises zmq.ZMQError
+from kv_transfer.sockets import Socket
 
 
 class Replies:
@@ -18,8 +15,8 @@ class Replies:
     Acks are gathered and sent by `flush`, at the end of a burst of messages or when a quarter of the window is owed.
     """
 
-    def __init__(self, post: Post, incarnation: bytes, fingerprint: bytes, peers: Peers, counters: Counters):
-        self._post = post
+    def __init__(self, socket: Socket, incarnation: bytes, fingerprint: bytes, peers: Peers, counters: Counters):
+        self._socket = socket
         self._incarnation = incarnation
         self._fingerprint = fingerprint
         self._peers = peers
@@ -86,7 +83,7 @@ class Replies:
         ends = (self._fingerprint, self._incarnation, receiver)
         header = FrameHeader(kind, *ends, transfer, attempt, *place, body_bytes=len(body))
         try:
-            self._post(link, seal(header, body), body)
+            self._socket.send_multipart([link, seal(header, body), body], zmq.NOBLOCK)
         except zmq.Again:
             self._counters.add("dropped.slow_link")
         except zmq.ZMQError:  # ROUTER_MANDATORY: the connection is gone

@@ -110,11 +110,12 @@ class Sender:
         courier = Courier(self._place, self._waker.fd)
         more = False
         while not self._stopping:
-            courier.wait(0 if more else _TICK_MS)
-            self._waker.clear()
+            speaking = courier.wait(0 if more else _TICK_MS)
+            if self._waker.fd in speaking:
+                self._waker.clear()
             try:
                 self._handle_commands(courier)
-                more = courier.turn()
+                more = courier.turn(speaking)
                 courier.check_deadlines()
             except Exception as error:  # noqa: BLE001 - the thread's root: what is open fails, what comes is served
                 self._place.ledger.record("transfer.error", cause=repr(error))

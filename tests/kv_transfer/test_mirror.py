@@ -62,10 +62,10 @@ async def test_changes_from_many_threads_arrive_in_the_order_of_each(
         record = await store.find_handoff(f"t{number}")
         assert record is not None
         assert (record.state, record.prefill) == (CLAIMED, P1)
-    assert await store.find_stream("request") == D1
+    assert await store.streams.find("request") == D1
     mirror.drop_stream("request", D1)
     assert await mirror.flush(5)
-    assert await store.find_stream("request") is None
+    assert await store.streams.find("request") is None
     assert mirror.counters == {}
 
 

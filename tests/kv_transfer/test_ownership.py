@@ -74,7 +74,7 @@ def plant(store: OwnershipStore, request: pytest.FixtureRequest) -> Callable[[st
 
     def write(kind: str, name: str, value: bytes) -> None:
         if isinstance(store, MemoryOwnership):
-            (store.workers if kind == "w" else store.blocks).put(name, value, 60)
+            (store.workers if kind == "w" else store.blocks.raw).put(name, value, 60)
             return
         with redis.Redis.from_url(request.getfixturevalue("redis_url")) as client:
             client.set(f"{kind}:{name}", value)
@@ -84,7 +84,7 @@ def plant(store: OwnershipStore, request: pytest.FixtureRequest) -> Callable[[st
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 5.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 - a key expires in Redis, which tells nobody
             await asyncio.sleep(0.01)
 
 
@@ -104,31 +104,31 @@ async def test_a_worker_is_listed_as_it_registered(store: OwnershipStore) -> Non
 
 async def test_a_lease_ends_with_its_blocks_unless_renewed(store: OwnershipStore) -> None:
     await store.put_worker(WORKER, 0.2)
-    assert await store.publish_blocks(D1, BlockSnapshot(1, (b"h" * 16,)), 0.2)
+    assert await store.blocks.publish(D1, BlockSnapshot(1, (b"h" * 16,)), 0.2)
 
     async def renewed_then_gone() -> bool:
-        return await store.list_workers() == [] and await store.list_blocks(D1) is None
+        return await store.list_workers() == [] and await store.blocks.find(D1) is None
 
     for _ in range(6):
         await asyncio.sleep(0.05)
         await store.put_worker(WORKER, 0.2)
     assert await store.list_workers() == [WORKER]
-    assert await store.list_blocks(D1) is not None
+    assert await store.blocks.find(D1) is not None
     await until(renewed_then_gone)
 
 
 async def test_a_block_snapshot_is_replaced_by_a_newer_one_only(store: OwnershipStore) -> None:
     hashes = tuple(bytes([number]) * 16 for number in range(200))
-    assert await store.list_blocks(D1) is None
-    assert await store.publish_blocks(D1, BlockSnapshot(5, hashes), 60)
-    assert not await store.publish_blocks(D1, BlockSnapshot(5, ()), 60)
-    assert not await store.publish_blocks(D1, BlockSnapshot(4, ()), 60)
-    assert await store.list_blocks(D1) == BlockSnapshot(5, hashes)
-    assert await store.publish_blocks(D1, BlockSnapshot(2**40, hashes[:1]), 60)
-    assert not await store.publish_blocks(D1, BlockSnapshot(2**40 - 1, ()), 60)
-    assert await store.list_blocks(D1) == BlockSnapshot(2**40, hashes[:1])
+    assert await store.blocks.find(D1) is None
+    assert await store.blocks.publish(D1, BlockSnapshot(5, hashes), 60)
+    assert not await store.blocks.publish(D1, BlockSnapshot(5, ()), 60)
+    assert not await store.blocks.publish(D1, BlockSnapshot(4, ()), 60)
+    assert await store.blocks.find(D1) == BlockSnapshot(5, hashes)
+    assert await store.blocks.publish(D1, BlockSnapshot(2**40, hashes[:1]), 60)
+    assert not await store.blocks.publish(D1, BlockSnapshot(2**40 - 1, ()), 60)
+    assert await store.blocks.find(D1) == BlockSnapshot(2**40, hashes[:1])
     with pytest.raises(ValueError, match="hashes"):
-        await store.publish_blocks(D1, BlockSnapshot(9, (b"short",)), 60)
+        await store.blocks.publish(D1, BlockSnapshot(9, (b"short",)), 60)
 
 
 async def test_a_handoff_runs_its_course_and_leaves_nothing(store: OwnershipStore) -> None:
@@ -202,12 +202,12 @@ async def test_a_handoff_ends_with_its_time_and_a_step_renews_it(store: Ownershi
 
 
 async def test_a_stream_hint_belongs_to_its_last_holder(store: OwnershipStore) -> None:
-    await store.put_stream("request", D1, 60)
-    await store.put_stream("request", D2, 60)
-    assert not await store.drop_stream("request", D1)
-    assert await store.find_stream("request") == D2
-    assert await store.drop_stream("request", D2)
-    assert await store.find_stream("request") is None
+    await store.streams.put("request", D1, 60)
+    await store.streams.put("request", D2, 60)
+    assert not await store.streams.drop("request", D1)
+    assert await store.streams.find("request") == D2
+    assert await store.streams.drop("request", D2)
+    assert await store.streams.find("request") is None
 
 
 async def test_values_that_make_no_sense_are_skipped_and_counted(
@@ -237,17 +237,17 @@ async def test_values_that_make_no_sense_are_skipped_and_counted(
     plant("blocks", D2, b"1234567")
     await store.put_worker(WORKER, 60)
     assert await store.list_workers() == [WORKER]
-    assert await store.list_blocks(D2) is None
+    assert await store.blocks.find(D2) is None
     assert store.counters == {"bad_record.worker": len(hostile), "bad_record.blocks": 1}
 
 
 async def test_only_the_four_kinds_of_key_exist_and_all_expire(redis_store: RedisOwnership, redis_url: str) -> None:
     store = redis_store
     await store.put_worker(WORKER, 60)
-    await store.publish_blocks(D1, BlockSnapshot(1, ()), 60)
+    await store.blocks.publish(D1, BlockSnapshot(1, ()), 60)
     await store.begin_handoff(HANDOFF, 60)
     await store.advance_handoff(step(RESERVED, FILLING))
-    await store.put_stream("request", D1, 60)
+    await store.streams.put("request", D1, 60)
     with redis.Redis.from_url(redis_url) as client:
         keys = sorted(key.decode() for key in client.scan_iter())
         assert keys == [f"blocks:{D1}", f"handoff:{HANDOFF.transfer_id}", "stream:request", f"w:{D1}"]
@@ -262,7 +262,7 @@ async def test_garbage_under_a_handoff_key_is_refused_not_followed(redis_store: 
         client.set("stream:request", b"\xff\xfe")
     assert await store.advance_handoff(step(FILLING, CLAIMED)) is REFUSED
     assert await store.find_handoff(HANDOFF.transfer_id) is None
-    assert await store.find_stream("request") is None
+    assert await store.streams.find("request") is None
     with pytest.raises(StoreUnavailable):
         await store.advance_handoff(Transition("text", FILLING, CLAIMED, 1))
     assert store.counters["bad_record.handoff"] == store.counters["bad_record.stream"] == 1
@@ -272,9 +272,9 @@ async def test_cancelled_callers_never_get_one_another_s_answers(redis_store: Re
     store = redis_store
     names = [f"{number:032x}" for number in range(40)]
     for name in names:
-        await store.put_stream(name, name, 60)
+        await store.streams.put(name, name, 60)
     for turn in range(15):
-        tasks = [asyncio.create_task(store.find_stream(name)) for name in names]
+        tasks = [asyncio.create_task(store.streams.find(name)) for name in names]
         await asyncio.sleep(turn * 0.0002)
         for task in tasks[::2]:
             task.cancel()
