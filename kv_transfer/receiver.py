@@ -26,7 +26,6 @@ from kv_transfer.replies import Replies
 from kv_transfer.sockets import bind_router
 from kv_transfer.transfers import Accept, IncomingTransfer, IncomingTransfers, Refuse, Reservation, StateChange
 from kv_transfer.wake import Waker
-from kv_transfer.writer import RowWriter, Write
 
 _TICK_MS = 100  # resolution of fill deadlines
 _MAX_BURST = 32  # messages taken before notices and deadlines get their turn
@@ -59,9 +58,7 @@ class Receiver:
         self._events = events
         self._counts = Counters()
         self._lock = threading.Condition()
-        self._writing: list[str] = []  # transfers whose rows may be written just now
-        self._write: Write | None = None
-        self._writer = RowWriter(memory)
+        self._writing: str | None = None
         self._links: dict[str, bytes] = {}  # open transfer -> routing id that last brought a verified frame
         self._claimed: deque[IncomingTransfer] = deque()
         self._notices: deque[_Notice] = deque()  # at most one per transfer
@@ -121,7 +118,6 @@ class Receiver:
         self._stopping = True
         self._waker.wake()
         self._thread.join()
-        self._writer.close()
         self._socket.close()
         self._context.term()
         self._waker.close()
@@ -134,7 +130,7 @@ class Receiver:
 
     def _wait_until_written(self, transfer_id: str) -> None:
         if threading.current_thread() is not self._thread:  # a handler runs between writes
-            self._lock.wait_for(lambda: transfer_id not in self._writing)
+            self._lock.wait_for(lambda: self._writing != transfer_id)
 
     def _run(self) -> None:
         poller = zmq.Poller()
@@ -144,8 +140,6 @@ class Receiver:
             if self._waker.fd in dict(poller.poll(_TICK_MS)):
                 self._waker.clear()
             self._receive_burst()
-            self._finish_write()
-            self._report_claims()
             self._expire()
             self._send_notices()
             self._replies.flush()
@@ -203,42 +197,30 @@ class Receiver:
     def _fill(self, link: bytes, header: FrameHeader, raw_header: bytes, body: memoryview) -> None:
         with self._lock:
             accept = _accepted(self._transfers.check(header))
-            self._writing.append(header.transfer_id)
+            self._writing = header.transfer_id
+        outcome: Accept | Refuse | None = None
         try:
             if not is_intact(raw_header, body):
                 raise BadFrame(Refusal.BAD_CHECKSUM)
-            self._finish_write()  # of the frame before this one
-            self._write = self._writer.start(link, header, accept, body)
-        except BaseException:
-            self._stop_writing(header.transfer_id)
-            raise
-        if self._write.done.done():
-            self._finish_write()
-
-    def _finish_write(self) -> None:
-        """Waits for the write under way, if any; then its rows count and its sender hears of them."""
-        if (write := self._write) is None:
-            return
-        self._write = None
-        transfer_id = write.header.transfer_id
-        try:
-            write.done.result()
+            self._write_gaps(accept, header, body)
             with self._lock:
-                _accepted(self._transfers.filled(write.header))
-                self._links[transfer_id] = write.link
-        except BadFrame as bad:
-            self._replies.refuse(write.link, write.header, bad.refusal)
-        else:
-            self._replies.ack(write.link, write.header.name)
-            if write.accept.gaps and write.accept.transfer.coverage.is_complete:
-                self._record("transfer.covered", write.accept.transfer)
+                outcome = self._transfers.filled(header)
+                if isinstance(outcome, Accept) and not outcome.transfer.state.is_final:
+                    self._links[header.transfer_id] = link
         finally:
-            self._stop_writing(transfer_id)
+            with self._lock:
+                self._writing = None
+                self._lock.notify_all()
+        _accepted(outcome)
+        self._replies.ack(link, header.name)
+        if accept.gaps and accept.transfer.coverage.is_complete:
+            self._record("transfer.covered", accept.transfer)
 
-    def _stop_writing(self, transfer_id: str) -> None:
-        with self._lock:
-            self._writing.remove(transfer_id)
-            self._lock.notify_all()
+    def _write_gaps(self, accept: Accept, header: FrameHeader, body: memoryview) -> None:
+        place, table = (header.plane, header.layer), accept.transfer.reservation.block_table
+        row_bytes = self._memory.row_bytes(header.plane)
+        for first, end in accept.gaps:
+            self._memory.write_rows(place, table, (first, end), body[(first - header.first_token) * row_bytes :])
 
     def _commit(self, link: bytes, header: FrameHeader, body: memoryview) -> None:
         commit = Commit.decode(body)
