@@ -82,7 +82,7 @@ class DecodeWorker:
             await asyncio.to_thread(round_trip, engine.layout)
             self._server.open(streams)
             member = Membership(self._config, self._context, self._status, self._open_store)
-            await stack.enter_async_context(member.join(store, engine.layout))
+            await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))
             yield
 
     def _open_receiver(self, memory: PoolMemory, report: OwnershipReport, loop: asyncio.AbstractEventLoop) -> Receiver:

@@ -32,7 +32,7 @@ class Plane:
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """Layout of a request's cache; memory of one (plane, layer) is `[num_blocks, block_size, row_bytes]`, contiguous."""
+    """Layout of a request's cache; memory of a (plane, layer) is `[num_blocks, block_size, row_bytes]`, contiguous."""
 
     model_digest: str
     planes: tuple[Plane, ...]

@@ -6,7 +6,7 @@ from isthmus.types import FinishReason, Request
 
 
 def finish_reason(request: Request, token_ids: Sequence[int], context_length: int) -> FinishReason | None:
-    """Why the sequence ends after the last of `token_ids` (all emitted so far), or None; stop strings are the router's."""
+    """Why the sequence ends after the last of `token_ids` (all emitted so far), or None. Stop strings: the router."""
     sampling = request.sampling
     num_tokens = len(token_ids)
     if num_tokens > sampling.min_tokens:

@@ -17,12 +17,26 @@ from isthmus.v1 import admin_pb2
 from isthmus.worker_context import WorkerContext
 from kv_transfer.lease import LeaseKeeper, LeaseTimes
 from kv_transfer.mirror import HandoffMirror
-from kv_transfer.ownership import OpenStore, OwnershipStore, StoreUnavailable, WorkerLoad, WorkerRecord
+from kv_transfer.ownership import (
+    MAX_BLOCK_HASHES,
+    BlockSnapshot,
+    OpenStore,
+    OwnershipStore,
+    StoreUnavailable,
+    WorkerLoad,
+    WorkerRecord,
+)
 
 log = get_logger("membership")
 Status = Callable[[], admin_pb2.GetStatusResponse]
+Published = Callable[[], tuple[int, list[bytes]]]  # BlockPool.published
 FLUSH_S = 0.5
 REGISTER_POLL_S = 0.05
+
+
+def _snapshot(num_changes: int, hashes: list[bytes]) -> BlockSnapshot:
+    """The newest contents, as many as a snapshot holds."""
+    return BlockSnapshot(num_changes, hashes[-MAX_BLOCK_HASHES:])
 
 
 @contextlib.asynccontextmanager
@@ -57,12 +71,13 @@ class Membership:
         self._open_store = open_store
 
     @contextlib.asynccontextmanager
-    async def join(self, store: OwnershipStore, layout: KvLayout) -> AsyncIterator[None]:
+    async def join(self, store: OwnershipStore, layout: KvLayout, published: Published) -> AsyncIterator[None]:
         """Leases the record, then serves as soon as it is registered and its layout fits; ends the lease at the end."""
         keeper = LeaseKeeper(
             lambda: self._open_store(self._config.redis_url),
             lambda: self._record(layout),
             times=LeaseTimes(self._config.heartbeat_s, self._config.lease_s),
+            blocks=lambda: _snapshot(*published()),
         )
         keeper.start()
         waiting = asyncio.create_task(self._serve_when_layouts_agree(store, layout, keeper), name="membership")

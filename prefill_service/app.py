@@ -63,7 +63,7 @@ class PrefillWorker:
             await asyncio.to_thread(round_trip, engine.layout)
             self._server.open(prefill_loop, engine)
             member = Membership(self._config, self._context, self._status, self._open_store)
-            await stack.enter_async_context(member.join(store, engine.layout))
+            await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))
             yield
 
     def _status(self) -> admin_pb2.GetStatusResponse:

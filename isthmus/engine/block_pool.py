@@ -41,6 +41,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # free with content, oldest first
         self._sends: Counter[int] = Counter()  # unacknowledged sends per draining block
         self._num_set_aside = 0
+        self._num_changes = 0  # of the contents
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """The longest run of blocks with these contents, one more reference each; shorter if the rest is set aside."""
@@ -108,6 +109,7 @@ class BlockPool:
             assert self._hash_of[block_id] is None, f"block {block_id} has other content"
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
+            self._num_changes += 1
 
     def counts(self) -> BlockCounts:
         with self._lock:
@@ -115,22 +117,10 @@ class BlockPool:
             free = len(self._blank) + cached
             return BlockCounts(self.num_blocks, free, cached, self.num_blocks - free, draining)
 
-    def check(self) -> None:
-        """Asserts the partition; O(num_blocks), for tests and idle moments."""
+    def published(self) -> tuple[int, list[bytes]]:
+        """Contents that can be matched now, and a number that grows with every change of them."""
         with self._lock:
-            blank, cached = set(self._blank), set(self._cached)
-            referenced = {block for block, count in enumerate(self._references) if count > 0}
-            assert len(blank) == len(self._blank), "a block is blank twice"
-            assert min(self._references, default=0) >= 0, "a negative reference count"
-            assert sorted([*blank, *cached, *referenced]) == list(range(self.num_blocks)), "every block is in one part"
-            published = {block for block, content in enumerate(self._hash_of) if content is not None}
-            assert {content: block for content, block in self._block_of.items() if self._hash_of[block] == content} == (
-                self._block_of
-            ), "two indexes of contents disagree"
-            assert len(published) == len(self._block_of), "a content without an address"
-            assert cached <= published <= cached | referenced, "a blank block with content, or a cached one without"
-            assert all(0 < count <= self._references[block] for block, count in self._sends.items()), "a lost send"
-            assert 0 <= self._num_set_aside <= len(blank) + len(cached), "more set aside than free"
+            return self._num_changes, list(self._block_of)
 
     def _num_available(self) -> int:
         return len(self._blank) + len(self._cached) - self._num_set_aside
@@ -151,6 +141,7 @@ class BlockPool:
         content = self._hash_of[block]
         assert content is not None, "cached blocks have content"
         del self._block_of[content]
+        self._num_changes += 1
         self._hash_of[block] = None
         return block
 

@@ -6,7 +6,9 @@ import random
 import psutil
 import redis.asyncio
 
-from isthmus.testing.stack import Client, Stack, ledger, request, status
+from isthmus.engine.block_pool import prefix_hashes
+from isthmus.testing.stack import Client, Stack, ledger, request, status, until
+from kv_transfer.ownership_redis import RedisOwnership
 
 
 async def watch_states(url: str, seen: dict[str, set[bytes]], stop: asyncio.Event) -> None:
@@ -38,6 +40,23 @@ async def test_the_handoff_is_seen_in_redis_while_it_runs(stack: Stack) -> None:
     assert {f"stream:{result.accepted.request_id}".encode() for result in results} & seen["stream"]
     assert len(seen["w"]) == 2, "one lease per worker"
     assert set(seen) <= {"handoff", "stream", "w", "blocks"}, "no other keys"
+
+
+async def test_redis_lists_the_prompt_blocks_each_worker_holds(stack: Stack) -> None:
+    new_to_every_cache = [random.randrange(8, 2048) for _ in range(100)]
+    async with Client(stack.router) as client:
+        await client.generate(request(new_to_every_cache, max_tokens=2, ignore_eos=True))
+    workers = [*stack.services("prefill"), *stack.services("decode")]
+    incarnations = [(await status(worker["grpc"])).incarnation for worker in workers]
+    hashes = prefix_hashes(new_to_every_cache, 16, (await status(workers[0]["grpc"])).layout.fingerprint)
+    store = RedisOwnership(stack.redis_url)
+
+    async def all_listed() -> bool:
+        held = [await store.blocks.find(incarnation) for incarnation in incarnations]
+        return all(snapshot is not None and set(hashes) <= set(snapshot.hashes) for snapshot in held)
+
+    await until(all_listed, 5, "the prompt's six full blocks are listed for both workers")
+    await store.close()
 
 
 async def test_blocks_cross_a_zeromq_connection(stack: Stack) -> None:
