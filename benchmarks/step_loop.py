@@ -1,19 +1,22 @@
 """Does receiving blocks slow the step loop? p99 of a decode step with the receiver idle and with it busy.
 
-    python -m benchmarks.step_loop [--steps 300] [--rounds 5] [--batch 8]
+    python -m benchmarks.step_loop [--steps 200] [--rounds 5] [--batch 8] [--mib-per-s 16 64 0]
 
-One process decodes a batch on the bundled checkpoint while a second one keeps four transfers of 1,024 tokens under way
-to its receiver, as fast as they are acknowledged. Idle and busy rounds alternate; goal: p99 busy <= 1.3 x p99 idle.
+One process decodes a batch on the bundled checkpoint while a second one sends its receiver transfers of 1,024 tokens,
+at stated rates (0: as fast as they are acknowledged, which takes every core there is). Idle and busy rounds alternate.
+Goal: p99 busy <= 1.3 x p99 idle. A prefill worker of this checkpoint makes about 6 MiB/s on one core.
 """
 
 import argparse
+import contextlib
 import json
+import queue
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from benchmarks.machine import describe, quantile
 from isthmus.checkpoint import Checkpoint, resolve_model
@@ -44,56 +47,61 @@ def extents(engine: Engine) -> tuple[Extent, ...]:
 
 
 class Feed:
-    """Keeps NUM_TRANSFERS reservations open while `busy`, and tells the sending process of each."""
+    """Sends this process transfers at a rate while `running`; at most NUM_TRANSFERS are under way."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._blocks = [engine.pool.allocate(NUM_TOKENS // engine.layout.block_size) for _ in range(NUM_TRANSFERS)]
+        self._free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        for _ in range(NUM_TRANSFERS):
+            self._free.put(engine.pool.allocate(NUM_TOKENS // engine.layout.block_size))
         self._table_of: dict[str, list[int]] = {}
         self._incarnation = new_incarnation()
-        events = TransferEvents(on_ready=self._next, on_failed=self._failed)
+        events = TransferEvents(on_ready=self._claimed, on_failed=self._failed)
         memory = PoolMemory(engine.layout, transfer_memory(engine))
         self.receiver = Receiver(self._incarnation, memory, Ledger(), events)
         self._child = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, "--send"], stdin=subprocess.PIPE, text=True
         )
-        self._lock = threading.Lock()
-        self.busy = False
+        self._stopping = threading.Event()
         self.num_claimed = 0
 
-    def start(self) -> None:
-        self.busy = True
-        for table in self._blocks:
-            self._reserve(table)
-
-    def stop(self) -> None:
-        """Returns when no transfer is open."""
-        self.busy = False
-        while self._table_of:
-            time.sleep(0.01)
+    @contextlib.contextmanager
+    def running(self, mib_per_s: float) -> Iterator[None]:
+        transfer_mib = NUM_TOKENS * self._engine.layout.bytes_per_token / 2**20
+        interval_s = transfer_mib / mib_per_s if mib_per_s else 0.0
+        self._stopping.clear()
+        thread = threading.Thread(target=self._feed, args=(interval_s,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stopping.set()
+            thread.join()
 
     def close(self) -> None:
         self._child.stdin.close()
         self._child.wait(10)
         self.receiver.close()
 
+    def _feed(self, interval_s: float) -> None:
+        while not self._stopping.wait(interval_s):
+            self._reserve(self._free.get())
+        while self._table_of:
+            time.sleep(0.01)
+
     def _reserve(self, table: list[int]) -> None:
         transfer_id = new_transfer_id()
         self._table_of[transfer_id] = table
-        missing = extents(self._engine)
-        deadline = time.monotonic() + 30
-        self.receiver.reserve(Reservation(transfer_id, 1, "bench", tuple(table), missing, deadline))
+        reservation = Reservation(transfer_id, 1, "bench", tuple(table), extents(self._engine), time.monotonic() + 30)
+        self.receiver.reserve(reservation)
         order = {"transfer_id": transfer_id, "endpoint": self.receiver.endpoint, "incarnation": self._incarnation}
-        with self._lock:
-            self._child.stdin.write(json.dumps(order) + "\n")
-            self._child.stdin.flush()
+        self._child.stdin.write(json.dumps(order) + "\n")
+        self._child.stdin.flush()
 
-    def _next(self, claim: ClaimedTransfer) -> None:
+    def _claimed(self, claim: ClaimedTransfer) -> None:
         self.receiver.release(claim.transfer_id)
-        table = self._table_of.pop(claim.transfer_id)
         self.num_claimed += 1
-        if self.busy:
-            self._reserve(table)
+        self._free.put(self._table_of.pop(claim.transfer_id))
 
     def _failed(self, failure: FailedTransfer) -> None:
         self._table_of.pop(failure.transfer_id, None)
@@ -145,14 +153,31 @@ def time_steps(step: Callable[[], None], count: int) -> list[float]:
     return times
 
 
+def compare(step: Callable[[], None], feed: Feed, mib_per_s: float, *, steps: int, rounds: int) -> str:
+    """One row: p50 and p99 idle and busy, and the median ratio of the rounds' p99."""
+    idle, busy, claimed = [], [], feed.num_claimed
+    began = time.monotonic()
+    for _ in range(rounds):
+        idle.append(time_steps(step, steps))
+        with feed.running(mib_per_s):
+            time.sleep(0.2)
+            busy.append(time_steps(step, steps))
+    ratio = statistics.median(quantile(b, 0.99) / quantile(a, 0.99) for a, b in zip(idle, busy, strict=True))
+    times = [[value for values in rounds_ms for value in values] for rounds_ms in (idle, busy)]
+    shown = "".join(f"{quantile(values, q):9.2f}" for values in times for q in (0.5, 0.99))
+    rate = f"{mib_per_s:g} MiB/s" if mib_per_s else "flat out"
+    return f"{rate:>10}{shown}{ratio:9.2f}   {feed.num_claimed - claimed} transfers in {time.monotonic() - began:.0f} s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--mib-per-s", type=float, nargs="+", default=[16.0, 64.0, 0.0])
     parser.add_argument("--send", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sys.setswitchinterval(5e-4)
+    sys.setswitchinterval(5e-4)  # as the services do
     if args.send:
         send()
         return
@@ -160,21 +185,11 @@ def main() -> None:
     step = prepare_batch(engine, args.batch)
     feed = Feed(engine)
     time_steps(step, 50)
-    idle, busy = [], []
-    for _ in range(args.rounds):
-        idle.append(time_steps(step, args.steps))
-        feed.start()
-        time.sleep(0.3)
-        busy.append(time_steps(step, args.steps))
-        feed.stop()
-    feed.close()
-    ratios = [quantile(b, 0.99) / quantile(a, 0.99) for a, b in zip(idle, busy, strict=True)]
     print(f"step loop, batch {args.batch}, context {CONTEXT}, {args.rounds} x {args.steps} steps; {describe()}")
-    for name, rounds in (("idle", idle), ("busy", busy)):
-        times = [value for values in rounds for value in values]
-        print(f"{name}: p50 {quantile(times, 0.5):.2f} ms   p99 {quantile(times, 0.99):.2f} ms")
-    print(f"{feed.num_claimed} transfers of {NUM_TOKENS} tokens received meanwhile")
-    print(f"p99 busy / p99 idle, median of rounds: {statistics.median(ratios):.2f}   (goal: <= 1.3)")
+    print(f"{'receiving':>10}{'idle p50':>9}{'p99 ms':>9}{'busy p50':>9}{'p99 ms':>9}{'p99 ratio':>10}")
+    for mib_per_s in args.mib_per_s:
+        print(compare(step, feed, mib_per_s, steps=args.steps, rounds=args.rounds))
+    feed.close()
 
 
 if __name__ == "__main__":

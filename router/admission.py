@@ -80,7 +80,8 @@ class Admission:
         self._max_streams = max_streams
         self._max_queue = max_queue
         self._slots = Line(max_streams)
-        self._turns = Line(1)
+        self._prefill_turns = Line(1)
+        self._decode_turns = Line(1)
         self._sequence = itertools.count()
 
     @property
@@ -89,7 +90,12 @@ class Admission:
 
     @property
     def num_queued(self) -> int:
-        return self._slots.num_waiting + self._turns.num_waiting
+        return self._slots.num_waiting + self._prefill_turns.num_waiting + self._decode_turns.num_waiting
+
+    @property
+    def is_reserving(self) -> bool:
+        """Somebody waits for blocks: who comes now stands in line behind."""
+        return not self._decode_turns.num_free
 
     def order(self, priority: int) -> Order:
         return Order(-priority, next(self._sequence))
@@ -105,6 +111,12 @@ class Admission:
 
     @asynccontextmanager
     async def placing(self, order: Order, timeout_s: float) -> AsyncIterator[None]:
-        """One request at a time looks for room, so a large one is not starved by small ones behind it."""
-        async with self._turns.turn(order, timeout_s):
+        """One request at a time looks for a prefill worker, so a large one is not starved by small ones behind it."""
+        async with self._prefill_turns.turn(order, timeout_s):
+            yield
+
+    @asynccontextmanager
+    async def reserving(self, order: Order, timeout_s: float) -> AsyncIterator[None]:
+        """The same for blocks. A line of its own: who stands in it holds a prefill place the other line may wait for."""
+        async with self._decode_turns.turn(order, timeout_s):
             yield

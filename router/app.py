@@ -26,6 +26,8 @@ from router.text import TextWorkers
 from router.validate import ModelFacts
 from router.worker_pool import WorkerPool
 
+_POOL_CLOSE_S = 0.5
+
 
 class Router:
     """The process's composition root; runs once."""
@@ -121,4 +123,4 @@ async def _watching(pool: WorkerPool, stop: Stop) -> AsyncIterator[None]:
         yield
     finally:
         watching.cancel()
-        await asyncio.wait({watching})
+        await asyncio.wait({watching}, timeout=_POOL_CLOSE_S)

@@ -126,9 +126,9 @@ class Placement:
     @asynccontextmanager
     async def _decode_place(self, ask: Ask) -> AsyncIterator[DecodePlace]:
         job, patience = ask.job, self._patience(ask.job)
-        place = await self._ask_each(ask)
+        place = None if self._admission.is_reserving else await self._ask_each(ask)
         if not isinstance(place, DecodePlace):
-            async with self._admission.placing(job.order, patience.room_s):
+            async with self._admission.reserving(job.order, patience.room_s):
                 while not isinstance(place := await self._ask_each(ask), DecodePlace):
                     is_gone = not isinstance(place, Overloaded)
                     await self._wait(patience.deadline(is_gone=is_gone), place)

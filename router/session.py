@@ -202,15 +202,19 @@ class Session:
 
     async def _converse(self, call: SessionCall) -> None:
         """Reads and writes until either fails or the session is given up."""
-        async with asyncio.TaskGroup() as group:
-            reader = group.create_task(self._read_all(call), name="session-reader")
-            writer = group.create_task(self._write_all(call), name="session-writer")
-            try:
-                await asyncio.wait({reader, writer, self._given_up}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                # Cancelling the tasks ends the call; cancelling the call would look like their own cancellation.
-                reader.cancel()
-                writer.cancel()
+        reader = asyncio.create_task(self._read_all(call), name="session-reader")
+        writer = asyncio.create_task(self._write_all(call), name="session-writer")
+        try:
+            await asyncio.wait({reader, writer, self._given_up}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # Cancelling the tasks ends the call; cancelling the call would look like their own cancellation.
+            reader.cancel()
+            writer.cancel()
+            # No task group: it drops a cancellation that comes while one of its tasks fails.
+            outcomes = await asyncio.gather(reader, writer, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
 
     async def _read_all(self, call: SessionCall) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):

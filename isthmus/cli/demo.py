@@ -49,7 +49,7 @@ _ASKS = (
     Ask("difference", ("What is 81 minus 26?",)),
     Ask("capital", ("What is the capital of Texas?",)),
     Ask("opposite", ("What is the opposite of hot?",)),
-    Ask("story 1", ("Tell me a story about an owl and a mouse.",), max_tokens=240, temperature=0.7, seed=7),
+    Ask("story 1", ("Tell me a story about a fox and a hen.",), max_tokens=240, temperature=0.7, seed=7),
     Ask("story 2", ("Tell me a story about a child named Clara.",), max_tokens=240, temperature=0.7, seed=11),
     Ask("chat", ("My name is Anna.", "What is my name?"), system="You are a small and friendly assistant."),
 )

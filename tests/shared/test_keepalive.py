@@ -1,0 +1,94 @@
+"""A peer that falls silent without closing its connection is lost within keepalive interval and timeout."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from isthmus.errors import WorkerLost
+from isthmus.rpc import bind_grpc, channel, create_server
+from isthmus.rpc_errors import error_from_rpc
+from isthmus.v1 import inference_pb2, inference_pb2_grpc
+
+LOST_WITHIN_S = 4.0
+
+
+class Ticking(inference_pb2_grpc.InferenceServiceServicer):
+    def __init__(self, interval_s: float):
+        self.interval_s = interval_s
+        self.left = asyncio.Event()
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:  # noqa: N802
+        try:
+            while True:
+                yield inference_pb2.GenerateResponse()
+                await asyncio.sleep(self.interval_s)
+        finally:
+            self.left.set()
+
+
+class Relay:
+    """Bytes both ways between a client and a port, until it is frozen: then it reads and passes on nothing."""
+
+    def __init__(self, port: int):
+        self._port = port
+        self._tasks: list[asyncio.Task[None]] = []
+        self._flows = asyncio.Event()
+        self._flows.set()
+
+    def freeze(self) -> None:
+        self._flows.clear()
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            self._tasks.append(asyncio.create_task(self._pass(source, sink)))
+
+    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(65536):
+                await self._flows.wait()
+                sink.write(data)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def relayed(servicer: Ticking) -> AsyncGenerator[tuple[Relay, grpc.aio.Channel]]:
+    server = create_server()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
+    relay = Relay(bind_grpc(server, "127.0.0.1", 0))
+    await server.start()
+    listener = await asyncio.start_server(relay.accept, "127.0.0.1", 0)
+    try:
+        async with channel(f"127.0.0.1:{listener.sockets[0].getsockname()[1]}") as opened:
+            yield relay, opened
+    finally:
+        listener.close()
+        await relay.close()
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("interval_s", [0.02, 60.0], ids=["streaming", "waiting"])
+async def test_both_sides_lose_a_silent_peer(interval_s: float) -> None:
+    servicer = Ticking(interval_s)
+    async with relayed(servicer) as (relay, opened):
+        call = inference_pb2_grpc.InferenceServiceStub(opened).Generate(inference_pb2.GenerateRequest())
+        await call.read()
+        relay.freeze()
+        frozen_at = time.monotonic()
+
+        with pytest.raises(grpc.aio.AioRpcError) as lost:
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        assert isinstance(error_from_rpc(lost.value), WorkerLost)
+        await asyncio.wait_for(servicer.left.wait(), LOST_WITHIN_S)
+        assert time.monotonic() - frozen_at < LOST_WITHIN_S
