@@ -1,17 +1,17 @@
 """AdminService on every process: status, drain, ledger. The service's own part of the status comes from a function."""
 
 import asyncio
+import dataclasses
 import os
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 
-from isthmus.clock import Clock, SystemClock
+from isthmus.clock import SystemClock
 from isthmus.health import HealthState
-from isthmus.ledger import Ledger
+from isthmus.ledger import Ledger, LedgerEvent
 from isthmus.metrics import Metrics
 from isthmus.v1 import admin_pb2, admin_pb2_grpc
 
@@ -19,11 +19,8 @@ ADMIN_SERVICE = "isthmus.v1.AdminService"
 _MAX_DRAIN_S = 600.0
 _DEFAULT_LEDGER_EVENTS = 1000
 
-StatusFunction = Callable[[], admin_pb2.GetStatusResponse]
-DrainFunction = Callable[[float], Awaitable[int]]  # seconds it may take -> what is left, 0 when all ended
 
-
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class Identity:
     """Who the process is; the addresses are known once its ports are bound."""
 
@@ -35,12 +32,12 @@ class Identity:
     http_address: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ServiceHooks:
     """What only the service knows. `status` fills that (blocks, streams, layout, workers) and works from the start."""
 
-    status: StatusFunction
-    drain: DrainFunction
+    status: Callable[[], admin_pb2.GetStatusResponse]
+    drain: Callable[[float], Awaitable[int]]  # seconds it may take -> what is left, 0 when all ended
     ledger: Ledger
     metrics: Metrics
 
@@ -48,11 +45,11 @@ class ServiceHooks:
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """The service fills what only it knows; identity, health, counters and process figures are filled in here."""
 
-    def __init__(self, identity: Identity, health: HealthState, hooks: ServiceHooks, *, clock: Clock | None = None):
+    def __init__(self, identity: Identity, health: HealthState, hooks: ServiceHooks):
         self.identity = identity
         self._health = health
         self._hooks = hooks
-        self._clock = clock or SystemClock()
+        self._clock = SystemClock()
         self._started_at = self._clock.now()
 
     async def GetStatus(  # noqa: N802 - named by the protocol
@@ -71,19 +68,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.LedgerResponse:
         limit = request.limit or _DEFAULT_LEDGER_EVENTS
         events = self._hooks.ledger.read(request_id=request.request_id, limit=limit)
-        messages = [
-            admin_pb2.LedgerEvent(
-                sequence=event.sequence,
-                monotonic_ns=event.monotonic_ns,
-                event=event.event,
-                request_id=event.request_id,
-                transfer_id=event.transfer_id,
-                attempt=event.attempt,
-                cause=event.cause,
-                fields=event.fields,
-            )
-            for event in events
-        ]
+        names = [field.name for field in dataclasses.fields(LedgerEvent)]  # the message's too
+        messages = [admin_pb2.LedgerEvent(**{name: getattr(event, name) for name in names}) for event in events]
         return admin_pb2.LedgerResponse(incarnation=self.identity.incarnation, events=messages)
 
     async def drain(self, timeout_s: float) -> int:
@@ -94,16 +80,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     def current_status(self) -> admin_pb2.GetStatusResponse:
         status = self._hooks.status()
         health = self._health.snapshot()
-        status.name, status.role, status.incarnation = self.identity.name, self.identity.role, self.identity.incarnation
-        status.grpc_address = self.identity.grpc_address
-        status.zmq_endpoint = self.identity.zmq_endpoint
-        status.http_address = self.identity.http_address
+        for name, value in dataclasses.asdict(self.identity).items():
+            setattr(status, name, value)
         status.pid = os.getpid()
         status.state, status.serving, status.reason = health.state.value, health.serving, health.reason
         status.num_steps = self._health.watch.num_steps
         status.uptime_s = self._clock.now() - self._started_at
-        for metric, value in self._hooks.metrics.counters().items():
-            status.counters[metric] = value
+        status.counters.update(self._hooks.metrics.counters())
         status.num_tasks = len(asyncio.all_tasks())
         status.num_threads = threading.active_count()
         status.num_fds = len(os.listdir("/proc/self/fd")) - 1  # the listing holds one itself

@@ -76,12 +76,12 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise CannotStart("chat_template", f"cannot compile: {error}", "repair the model's template") from error
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> GuardedText:
+    def render(self, messages: Sequence[ChatMessage]) -> GuardedText:
         """Raises InvalidRequest for bad messages, for a chat the template refuses, and beyond the limits."""
         self._check(messages)
         guard = self._choose_guard(messages)
         shown = [{"role": message.role, "content": self._guarded(message.content, guard)} for message in messages]
-        variables = {**self._variables, "messages": shown, "add_generation_prompt": add_generation_prompt}
+        variables = {**self._variables, "messages": shown, "add_generation_prompt": True}
         try:
             return GuardedText(self._run(variables), guard)
         except _OverLimit as error:

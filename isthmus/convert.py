@@ -1,6 +1,9 @@
 """Protobuf messages to the dataclasses of isthmus.types and back; the public request is read by router/validate.py."""
 
-from isthmus.kv_layout import KvLayout, Plane, PlaneKind
+from dataclasses import asdict
+from typing import Any
+
+from isthmus.kv_layout import KvLayout
 from isthmus.types import (
     BlockCounts,
     Extent,
@@ -13,18 +16,7 @@ from isthmus.types import (
 )
 from isthmus.v1 import admin_pb2, prefill_pb2, types_pb2
 
-_PLANE_KINDS = {
-    PlaneKind.APPEND_ONLY: types_pb2.PLANE_KIND_APPEND_ONLY,
-    PlaneKind.WINDOWED: types_pb2.PLANE_KIND_WINDOWED,
-    PlaneKind.MUTABLE: types_pb2.PLANE_KIND_MUTABLE,
-}
-_FINISH_REASONS = {
-    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: types_pb2.FINISH_REASON_CANCELLED,
-    FinishReason.DEADLINE: types_pb2.FINISH_REASON_DEADLINE,
-    FinishReason.ERROR: types_pb2.FINISH_REASON_ERROR,
-}
+_FINISH_REASONS = {reason: getattr(types_pb2, f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 
 
 def finish_reason_to_proto(reason: FinishReason) -> types_pb2.FinishReason:
@@ -41,44 +33,18 @@ def on_disconnect_from_proto(value: int) -> OnDisconnect:
 
 
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
-    return types_pb2.SamplingParams(
-        max_tokens=params.max_tokens,
-        min_tokens=params.min_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        stop=params.stop,
-        stop_token_ids=params.stop_token_ids,
-        include_stop=params.include_stop,
-        ignore_eos=params.ignore_eos,
-        logprobs=params.logprobs,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
-        logit_bias=dict(params.logit_bias),
-    )
+    values = asdict(params)
+    values["logit_bias"] = dict(params.logit_bias)
+    return types_pb2.SamplingParams(**values)
 
 
 def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
-    """`max_tokens` is always set between services; floats are the fp32 values the wire carried."""
-    return SamplingParams(
-        max_tokens=message.max_tokens,
-        min_tokens=message.min_tokens,
-        temperature=message.temperature if message.HasField("temperature") else 1.0,
-        top_p=message.top_p if message.HasField("top_p") else 1.0,
-        top_k=message.top_k,
-        min_p=message.min_p,
-        stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
-        include_stop=message.include_stop,
-        ignore_eos=message.ignore_eos,
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
-        logit_bias=tuple(sorted(message.logit_bias.items())),
-    )
+    """Unset fields take their defaults; `max_tokens`, always set between services, is then 0. The seed is not in it."""
+    values: dict[str, Any] = {field.name: value for field, value in message.ListFields() if field.name != "seed"}
+    values["max_tokens"] = message.max_tokens
+    values["stop"], values["stop_token_ids"] = tuple(message.stop), tuple(message.stop_token_ids)
+    values["logit_bias"] = tuple(sorted(message.logit_bias.items()))
+    return SamplingParams(**values)
 
 
 def request_to_proto(request: Request) -> types_pb2.EngineRequest:
@@ -122,24 +88,11 @@ def token_from_proto(message: types_pb2.Token) -> Token:
 
 
 def extent_to_proto(extent: Extent) -> types_pb2.Extent:
-    return types_pb2.Extent(
-        plane=extent.plane, layer=extent.layer, first_token=extent.first_token, num_tokens=extent.num_tokens
-    )
+    return types_pb2.Extent(**asdict(extent))
 
 
 def extent_from_proto(message: types_pb2.Extent) -> Extent:
     return Extent(message.plane, message.layer, message.first_token, message.num_tokens)
-
-
-def target_to_proto(target: TransferTarget) -> prefill_pb2.TransferTarget:
-    return prefill_pb2.TransferTarget(
-        transfer_id=target.transfer_id,
-        attempt=target.attempt,
-        zmq_endpoint=target.zmq_endpoint,
-        receiver_incarnation=target.receiver_incarnation,
-        layout_fingerprint=target.layout_fingerprint,
-        missing=[extent_to_proto(extent) for extent in target.missing],
-    )
 
 
 def target_from_proto(message: prefill_pb2.TransferTarget) -> TransferTarget:
@@ -154,39 +107,11 @@ def target_from_proto(message: prefill_pb2.TransferTarget) -> TransferTarget:
 
 
 def layout_to_proto(layout: KvLayout) -> types_pb2.KvLayout:
-    planes = [
-        types_pb2.Plane(
-            name=plane.name,
-            kind=_PLANE_KINDS[plane.kind],
-            num_layers=plane.num_layers,
-            row_elements=plane.row_elements,
-            dtype=plane.dtype,
-        )
-        for plane in layout.planes
-    ]
-    return types_pb2.KvLayout(
-        model_digest=layout.model_digest,
-        planes=planes,
-        block_size=layout.block_size,
-        wire_version=layout.wire_version,
-        fingerprint=layout.fingerprint,
-    )
-
-
-def layout_from_proto(message: types_pb2.KvLayout) -> KvLayout:
-    """Raises ValueError for a plane kind this version does not know."""
-    kinds = {number: kind for kind, number in _PLANE_KINDS.items()}
-    if unknown := [plane.kind for plane in message.planes if plane.kind not in kinds]:
-        raise ValueError(f"unknown plane kinds {unknown}")
-    planes = tuple(Plane(p.name, kinds[p.kind], p.num_layers, p.row_elements, p.dtype) for p in message.planes)
-    return KvLayout(message.model_digest, planes, message.block_size, message.wire_version)
+    values = asdict(layout)
+    for plane in values["planes"]:
+        plane["kind"] = types_pb2.PlaneKind.Value(f"PLANE_KIND_{plane['kind'].name}")
+    return types_pb2.KvLayout(**values, fingerprint=layout.fingerprint)
 
 
 def block_counts_to_proto(counts: BlockCounts) -> admin_pb2.BlockCounts:
-    return admin_pb2.BlockCounts(
-        total=counts.total,
-        free=counts.free,
-        cached=counts.cached,
-        referenced=counts.referenced,
-        draining=counts.draining,
-    )
+    return admin_pb2.BlockCounts(**asdict(counts))

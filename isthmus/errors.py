@@ -38,22 +38,8 @@ class InvalidRequest(IsthmusError):
         return cls(f"{field}: {violation.description}", violations=(violation,))
 
 
-class IndexOutOfRange(IsthmusError):
-    grpc_status, reason, http_status, openai_type = "OUT_OF_RANGE", "INDEX_OUT_OF_RANGE", 400, "invalid_request_error"
-
-
 class ModelNotFound(IsthmusError):
     grpc_status, reason, http_status, openai_type = "NOT_FOUND", "MODEL_NOT_FOUND", 404, "invalid_request_error"
-
-
-class StreamGone(IsthmusError):
-    """No worker holds the stream; a client continues statelessly with emitted_token_ids and the seed."""
-
-    grpc_status, reason, http_status, openai_type = "NOT_FOUND", "STREAM_GONE", 404, "invalid_request_error"
-
-
-class AttachedElsewhere(IsthmusError):
-    grpc_status, reason, http_status = "ABORTED", "ATTACHED_ELSEWHERE", 409
 
 
 class Overloaded(IsthmusError):

@@ -10,11 +10,11 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 _ENTRY = re.compile(
-    r"(?P<name>[a-z][a-z0-9_.]*)=(?P<action>sleep|raise|kill)(\((?P<seconds>\d+(\.\d+)?)\))?(@(?P<nth>[1-9]\d*))?"
+    r"(?P<name>[a-z][a-z0-9_.]*)=(sleep\((?P<seconds>\d+(\.\d+)?)\)|(?P<action>raise|kill))(@(?P<nth>[1-9]\d*))?"
 )
 _MAX_SLEEP_S = 600.0
 
@@ -23,33 +23,26 @@ class FailpointError(RuntimeError):
     """Raised by a `raise` failpoint: an unexpected error, on purpose."""
 
 
-class Action(Enum):
-    SLEEP = "sleep"
-    RAISE = "raise"
-    KILL = "kill"
-
-
 @dataclass(frozen=True, slots=True)
 class Failpoint:
-    name: str
-    action: Action
-    seconds: float = 0.0
-    nth: int | None = None  # None: every hit
+    action: str  # sleep, raise or kill
+    seconds: float
+    nth: int | None  # None: every hit
 
 
 class Failpoints:
     """Owns the hit counters. Any thread may hit."""
 
-    def __init__(self, failpoints: tuple[Failpoint, ...] = ()):
-        self._by_name = {failpoint.name: failpoint for failpoint in failpoints}
-        self._hits: dict[str, int] = dict.fromkeys(self._by_name, 0)
+    def __init__(self, by_name: Mapping[str, Failpoint]):
+        self._by_name = by_name
+        self._hits = dict.fromkeys(by_name, 0)
         self._lock = threading.Lock()
 
     @classmethod
     def parse(cls, spec: str) -> "Failpoints":
         """Raises ValueError naming the entry that is not understood."""
         entries = [entry.strip() for entry in spec.split(";") if entry.strip()]
-        return cls(tuple(_parse_entry(entry) for entry in entries))
+        return cls(dict(map(_parse_entry, entries)))
 
     def hit(self, name: str) -> None:
         """Acts if `name` is set and it is its turn. `sleep` blocks the calling thread."""
@@ -69,20 +62,18 @@ class Failpoints:
             self._hits[name] += 1
             if failpoint.nth is not None and self._hits[name] != failpoint.nth:
                 return 0.0
-        if failpoint.action is Action.KILL:
+        if failpoint.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if failpoint.action is Action.RAISE:
+        if failpoint.action == "raise":
             raise FailpointError(f"failpoint {name}")
         return failpoint.seconds
 
 
-def _parse_entry(entry: str) -> Failpoint:
+def _parse_entry(entry: str) -> tuple[str, Failpoint]:
     match = _ENTRY.fullmatch(entry)
     if match is None:
         raise ValueError(f"failpoint {entry!r} is not name=sleep(seconds)|raise|kill[@n]")
-    action, seconds, nth = Action(match["action"]), match["seconds"], match["nth"]
-    if (action is Action.SLEEP) != (seconds is not None):
-        raise ValueError(f"failpoint {entry!r}: sleep takes seconds, the others do not")
-    if seconds is not None and float(seconds) > _MAX_SLEEP_S:
+    seconds = float(match["seconds"] or 0)
+    if seconds > _MAX_SLEEP_S:
         raise ValueError(f"failpoint {entry!r}: at most {_MAX_SLEEP_S:g} seconds")
-    return Failpoint(match["name"], action, float(seconds or 0.0), int(nth) if nth else None)
+    return match["name"], Failpoint(match["action"] or "sleep", seconds, int(match["nth"]) if match["nth"] else None)

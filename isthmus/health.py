@@ -98,13 +98,9 @@ class HealthState:
         """Not serving, and why. Without effect while draining."""
         self._set(Health(ServiceState.NOT_READY, serving=False, reason=reason))
 
-    def drain(self, reason: str = "draining") -> None:
+    def drain(self) -> None:
         """For good: a process that drains does not serve again."""
-        self._set(Health(ServiceState.DRAINING, serving=False, reason=reason))
-
-    @property
-    def is_draining(self) -> bool:
-        return self._phase.state is ServiceState.DRAINING
+        self._set(Health(ServiceState.DRAINING, serving=False, reason="draining"))
 
     def snapshot(self) -> Health:
         phase = self._phase

@@ -7,7 +7,6 @@ import time
 from typing import TextIO
 
 _ROOT = "isthmus"
-LEVELS = ("debug", "info", "warning", "error")
 
 
 class EventLogger:

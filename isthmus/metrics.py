@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from isthmus.v1 import admin_pb2
 
@@ -23,14 +24,9 @@ class Metrics:
         )
         self.tokens = Counter("isthmus_tokens", "Tokens: prompt, cached or generated", ["kind"], registry=of)
         self.steps = Counter("isthmus_steps", "Model steps", registry=of)
-        self.transfers = Counter("isthmus_transfers", "Transfers ended, by outcome", ["outcome"], registry=of)
-        self.transfer_bytes = Counter("isthmus_transfer_bytes", "Frame bodies sent or received", registry=of)
-        self.transfer_frames = Counter("isthmus_transfer_frames", "Frames sent or received", registry=of)
-        self.refused_frames = Counter("isthmus_refused_frames", "Frames refused, by reason", ["reason"], registry=of)
         self.alarms = Counter("isthmus_alarms", "Things that must not happen, by kind", ["kind"], registry=of)
         self.ttft_s = Histogram("isthmus_ttft_seconds", "Receipt to first token sent", buckets=_LONG_S, registry=of)
         self.itl_s = Histogram("isthmus_itl_seconds", "Between consecutive tokens", buckets=_SHORT_S, registry=of)
-        self.step_s = Histogram("isthmus_step_seconds", "One model step", buckets=_SHORT_S, registry=of)
 
     def watch_status(self, status: Callable[[], admin_pb2.GetStatusResponse]) -> None:
         """Adds the gauges; `status` is called at each scrape."""
@@ -38,25 +34,18 @@ class Metrics:
 
     def counters(self) -> dict[str, int]:
         """Every counter by name, labels as in `isthmus_tokens_total{kind="prompt"}`; for GetStatus."""
-        values: dict[str, int] = {}
-        for collector in vars(self).values():
-            if isinstance(collector, Counter):
-                values.update(_samples(collector.collect()))
-        return values
+        counters = [collector for collector in vars(self).values() if isinstance(collector, Counter)]
+        samples = [sample for counter in counters for family in counter.collect() for sample in family.samples]
+        return {_shown(sample): int(sample.value) for sample in samples if sample.name.endswith("_total")}
 
     def exposition(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
 
 
-def _samples(families: Iterable[Metric]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for family in families:
-        for sample in family.samples:
-            if sample.name.endswith("_total"):
-                labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
-                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = int(sample.value)
-    return found
+def _shown(sample: Sample) -> str:
+    labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+    return f"{sample.name}{{{labels}}}" if labels else sample.name
 
 
 class _StatusCollector(Collector):

@@ -131,8 +131,6 @@ class ModelConfig:
     experts: Experts | None
     context_length: int
     tie_word_embeddings: bool
-    checkpoint_dtype: str
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -173,8 +171,6 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         experts=experts,
         context_length=fields.size("max_position_embeddings"),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        checkpoint_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-        bos_token_id=raw.get("bos_token_id"),
         eos_token_ids=token_ids(raw.get("eos_token_id")),
     )
     _check_consistent(config, raw)
@@ -183,16 +179,12 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """eos_token_id is an int, a list or absent."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
 def _refused(field: str, value: object, served: tuple[object, ...]) -> CannotStart:
-    names = ", ".join(repr(one) for one in served)
-    return CannotStart(
-        "model", f"config.json: {field} is {value!r}; served are {names}", "use a checkpoint of a served kind"
-    )
+    problem = f"config.json: {field} is {value!r}; served are {', '.join(map(repr, served))}"
+    return CannotStart("model", problem, "use a checkpoint of a served kind")
 
 
 def _check_fixed(family: Family, raw: Mapping[str, Any]) -> None:
@@ -229,10 +221,9 @@ def _experts(family: Family, fields: "_Fields") -> Experts | None:
         scale=fields.number("routed_scaling_factor", 1.0),
     )
     per_group, rest = divmod(experts.num_experts, experts.num_groups)
-    if rest:
-        raise _refused("n_group", experts.num_groups, (f"divisors of n_routed_experts ({experts.num_experts})",))
-    if experts.router is Router.SIGMOID_BIAS and per_group < 2:
-        raise _refused("n_group", experts.num_groups, (f"at most n_routed_experts / 2 = {experts.num_experts // 2}",))
+    if rest or (experts.router is Router.SIGMOID_BIAS and per_group < 2):
+        allowed = f"divisors of n_routed_experts ({experts.num_experts}); of half of it in DeepSeek-V3 and its kin"
+        raise _refused("n_group", experts.num_groups, (allowed,))
     if experts.num_groups_chosen > experts.num_groups:
         raise _refused("topk_group", experts.num_groups_chosen, (f"1 to n_group ({experts.num_groups})",))
     if experts.num_per_token > experts.num_groups_chosen * per_group:

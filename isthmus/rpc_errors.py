@@ -2,13 +2,14 @@
 
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from typing import Any, NoReturn, TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
+from google.protobuf import any as any_message
+from google.protobuf import duration
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from isthmus.errors import (
@@ -28,6 +29,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 _MAX_VIOLATIONS = 8  # details travel as metadata, which the peer bounds
 _MAX_TEXT = 512
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # generic in its stubs only
+DetailT = TypeVar("DetailT", bound=Message)
 _log = get_logger("rpc")
 
 # For peers that send no details: the C core itself, or a program of others.
@@ -67,54 +69,48 @@ class ErrorMapper(grpc.aio.ServerInterceptor):
 
 def status_of(error: IsthmusError) -> status_pb2.Status:
     """ErrorInfo always, BadRequest and RetryInfo where they apply; texts are cut to a bound."""
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if error.violations:
-        violations = [
-            error_details_pb2.BadRequest.FieldViolation(
-                field=_cut(violation.field), description=_cut(violation.description)
-            )
-            for violation in error.violations[:_MAX_VIOLATIONS]
-        ]
-        details.append(error_details_pb2.BadRequest(field_violations=violations))
+        bad = error_details_pb2.BadRequest()
+        for violation in error.violations[:_MAX_VIOLATIONS]:
+            bad.field_violations.add(field=_cut(violation.field), description=_cut(violation.description))
+        details.append(bad)
     if error.retry_after_s is not None:
-        delay = Duration()
-        delay.FromMilliseconds(max(0, round(error.retry_after_s * 1000)))
+        delay = duration.from_milliseconds(max(0, round(error.retry_after_s * 1000)))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     code = grpc.StatusCode[error.grpc_status].value[0]
-    return status_pb2.Status(code=code, message=_cut(error.detail), details=[_packed(detail) for detail in details])
+    return status_pb2.Status(code=code, message=_cut(error.detail), details=map(any_message.pack, details))
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> IsthmusError:
     """The typed error a peer raised. Without details (the C core's own failures) only the code decides."""
-    metadata = error.trailing_metadata() or ()
-    raw = next((value for key, value in metadata if key == _DETAILS_KEY), None)
-    status = _parse_status(raw) if isinstance(raw, bytes) else None
-    return _from_code(error.code()) if status is None else error_from_status(status)
+    metadata: dict[str, Any] = dict(tuple(error.trailing_metadata() or ()))
+    try:
+        status = status_pb2.Status.FromString(metadata[_DETAILS_KEY])
+    except (KeyError, DecodeError):
+        error_class, detail = _BY_STATUS.get(error.code(), (IsthmusError, f"the peer failed with {error.code().name}"))
+        return error_class(detail)
+    return error_from_status(status)
 
 
 def error_from_status(status: status_pb2.Status) -> IsthmusError:
     """As `error_from_rpc`, from the status itself. A reason this version does not know becomes a plain IsthmusError."""
-    reason, retry_after_s, violations = "", None, ()
-    for packed in status.details:
-        if packed.TypeName() == "google.rpc.ErrorInfo":
-            info = error_details_pb2.ErrorInfo()
-            reason = info.reason if packed.Unpack(info) and info.domain == DOMAIN else ""
-        elif packed.TypeName() == "google.rpc.RetryInfo":
-            retry = error_details_pb2.RetryInfo()
-            packed.Unpack(retry)
-            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
-        elif packed.TypeName() == "google.rpc.BadRequest":
-            bad = error_details_pb2.BadRequest()
-            packed.Unpack(bad)
-            violations = tuple(FieldViolation(item.field, item.description) for item in bad.field_violations)
-    return typed_error(reason, status.message, retry_after_s=retry_after_s, violations=violations)
+    info = _detail(status, error_details_pb2.ErrorInfo)
+    retry = _detail(status, error_details_pb2.RetryInfo)
+    bad = _detail(status, error_details_pb2.BadRequest)
+    return typed_error(
+        info.reason if info.domain == DOMAIN else "",
+        status.message,
+        retry_after_s=retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None,
+        violations=tuple(FieldViolation(item.field, item.description) for item in bad.field_violations),
+    )
 
 
 def typed_error(
     reason: str, detail: str, *, retry_after_s: float | None = None, violations: tuple[FieldViolation, ...] = ()
 ) -> IsthmusError:
     """The error class of an ErrorInfo reason, also for the reasons carried inside session messages."""
-    error_class = _classes_by_reason().get(reason, IsthmusError)
+    error_class = next((known for known in _classes(IsthmusError) if known.reason == reason), IsthmusError)
     error = error_class.__new__(error_class)
     IsthmusError.__init__(error, detail, retry_after_s=retry_after_s, violations=violations)
     return error
@@ -174,31 +170,15 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
 
 
-def _packed(message: Any) -> AnyMessage:
-    packed = AnyMessage()
-    packed.Pack(message)
-    return packed
+def _detail(status: status_pb2.Status, kind: type[DetailT]) -> DetailT:
+    """The status's detail of this kind, an empty one where it has none."""
+    detail = kind()
+    any(packed.Unpack(detail) for packed in status.details)
+    return detail
 
 
-def _parse_status(raw: bytes) -> status_pb2.Status | None:
-    status = status_pb2.Status()
-    try:
-        status.ParseFromString(raw)
-    except ValueError:
-        return None
-    return status
-
-
-def _from_code(code: grpc.StatusCode) -> IsthmusError:
-    error_class, detail = _BY_STATUS.get(code, (IsthmusError, f"the peer failed with {code.name}"))
-    return error_class(detail)
-
-
-def _classes_by_reason() -> dict[str, type[IsthmusError]]:
-    found: dict[str, type[IsthmusError]] = {}
-    pending: list[type[IsthmusError]] = [IsthmusError]
-    while pending:
-        error_class = pending.pop()
-        found.setdefault(error_class.reason, error_class)
-        pending.extend(error_class.__subclasses__())
-    return found
+def _classes(root: type[IsthmusError]) -> Iterator[type[IsthmusError]]:
+    """The tree below and with `root`, parents first."""
+    yield root
+    for error_class in root.__subclasses__():
+        yield from _classes(error_class)

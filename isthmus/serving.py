@@ -5,9 +5,9 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NoReturn
 
 import grpc.aio
@@ -56,7 +56,7 @@ class Stop:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._asked = asyncio.Event()
-        self._hurried = asyncio.Event()
+        self._block: asyncio.Timeout | None = None
         self.error: BaseException | None = None
 
     def request(self, error: BaseException | None = None) -> None:
@@ -66,53 +66,49 @@ class Stop:
     async def wait(self) -> None:
         await self._asked.wait()
 
-    async def wait_hurried(self) -> None:
-        """Asked twice, or with an error: the drain is skipped."""
-        await self._hurried.wait()
-
     @property
     def is_asked(self) -> bool:
         return self._asked.is_set()
 
+    @contextlib.asynccontextmanager
+    async def hurrying(self, timeout_s: float | None = None) -> AsyncGenerator[asyncio.Timeout]:
+        """The block is cancelled, and left as usual, when it takes too long or when the end is asked for meanwhile."""
+        self._block = block = asyncio.timeout(timeout_s)
+        try:
+            async with block:
+                yield block
+        except TimeoutError:
+            if not block.expired():
+                raise
+        finally:
+            self._block = None
+
     def _request(self, error: BaseException | None) -> None:
         self.error = self.error or error
-        if self._asked.is_set() or error is not None:
-            self._hurried.set()
         self._asked.set()
+        if self._block is not None and not self._block.expired():
+            self._block.reschedule(self._loop.time())
 
 
 Work = Callable[[Stop], AbstractAsyncContextManager[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Phases:
-    """How far the process's life has come."""
-
-    entered: asyncio.Event = field(default_factory=asyncio.Event)
-    drained: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-def run_service(config_class: type[ConfigT], main: Callable[[ConfigT], Awaitable[None]]) -> NoReturn:
-    """The whole process, from its flags to its end. Everything was closed by then: the interpreter's own teardown,
-
-    a second or two once torch is loaded, is skipped.
-    """
+def run_service(config_class: type[ConfigT], main: Callable[[ConfigT], Coroutine[None, None, None]]) -> NoReturn:
+    """The whole process, from its flags to its end; skips the interpreter's teardown, seconds once torch is loaded."""
     status = exit_status(config_class, main, sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def exit_status(config_class: type[ConfigT], main: Callable[[ConfigT], Awaitable[None]], argv: Sequence[str]) -> int:
+def exit_status(
+    config_class: type[ConfigT], main: Callable[[ConfigT], Coroutine[None, None, None]], argv: Sequence[str]
+) -> int:
     """The exit status: 0 after a drain, 2 if the process cannot start (one line on stderr says why), 1 for all else."""
-
-    async def run(config: ConfigT) -> None:
-        await main(config)
-
     try:
         config = load(config_class, argv)
         log.configure(config.name, config.log_level)
-        asyncio.run(run(config))
+        asyncio.run(main(config))
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001 - the process's root
@@ -125,7 +121,7 @@ def exit_status(config_class: type[ConfigT], main: Callable[[ConfigT], Awaitable
     return 0
 
 
-async def serve_until_signal(face: Face, work: Work, *, drain_s: float = DRAIN_S) -> None:
+async def serve_until_signal(face: Face, work: Work) -> None:
     """Opens the ports, enters `work(stop)`, waits for SIGTERM, SIGINT or `stop.request()`, drains, closes.
 
     The ports answer (NOT_SERVING, "starting") while `work` is being entered; it calls `health.ready()` itself.
@@ -135,63 +131,29 @@ async def serve_until_signal(face: Face, work: Work, *, drain_s: float = DRAIN_S
     admin = AdminServicer(face.identity, face.health, face.hooks)
     face.hooks.metrics.watch_status(admin.current_status)
     with _signals(stop):
-        async with _open_ports(face, admin) as server:
-            phases = _Phases()
-
-            async def live() -> None:
-                async with work(stop):
-                    phases.entered.set()
-                    await stop.wait()
-                    await _drain(stop, admin, drain_s)
-                    await server.stop(_RPC_GRACE_S)  # before the work closes: no handler may outlive what it uses
-                    phases.drained.set()
-
-            await _wait_bounded(asyncio.create_task(live(), name="life"), stop, phases)
+        async with _open_ports(face, admin) as server, contextlib.AsyncExitStack() as entered:
+            async with stop.hurrying() as entering:
+                await entered.enter_async_context(work(stop))
+            await stop.wait()
+            if stop.error is None and not entering.expired():
+                await _drain(stop, admin)
+            await server.stop(_RPC_GRACE_S)  # before the work closes: no handler may outlive what it uses
+            async with stop.hurrying(_CLOSE_S) as closing:
+                await entered.aclose()
+            if closing.expired():
+                _log.warning("service.late")
     _log.info("service.closed")
     if stop.error is not None:
         raise stop.error
 
 
-async def _drain(stop: Stop, admin: AdminServicer, drain_s: float) -> None:
+async def _drain(stop: Stop, admin: AdminServicer) -> None:
+    """Asked for the end once more, the process closes without waiting for what still runs."""
     _log.info("service.draining")
-    num_left = await _first_of(admin.drain(drain_s), stop.wait_hurried(), timeout_s=drain_s + _RPC_GRACE_S)
+    num_left = None
+    async with stop.hurrying(DRAIN_S + _RPC_GRACE_S):
+        num_left = await admin.drain(DRAIN_S)
     _log.info("service.drained", num_left=num_left)
-
-
-async def _wait_bounded(life: asyncio.Task[None], stop: Stop, phases: _Phases) -> None:
-    """Waits for the life to end: without bound while it serves, and each phase of its end within its own."""
-    waits = asyncio.create_task(stop.wait()), asyncio.create_task(phases.drained.wait())
-    try:
-        await asyncio.wait({life, waits[0]}, return_when=asyncio.FIRST_COMPLETED)
-        if phases.entered.is_set():
-            await asyncio.wait({life, waits[1]}, return_when=asyncio.FIRST_COMPLETED)  # the drain bounds itself
-            await asyncio.wait({life}, timeout=_CLOSE_S)
-        if not life.done() and phases.entered.is_set():
-            _log.warning("service.late", waits_in=_where_tasks_wait())
-    finally:
-        for task in (*waits, life):
-            task.cancel()
-        await asyncio.wait({life}, timeout=_CLOSE_S)
-    if life.done() and not life.cancelled():
-        life.result()
-
-
-def _where_tasks_wait() -> dict[str, str]:
-    frames = {task.get_name(): task.get_stack(limit=1) for task in asyncio.all_tasks()}
-    return {name: f"{stack[0].f_code.co_qualname}:{stack[0].f_lineno}" for name, stack in frames.items() if stack}
-
-
-async def _first_of(
-    main: Coroutine[None, None, int], other: Coroutine[None, None, None], *, timeout_s: float
-) -> int | None:
-    tasks = asyncio.create_task(main), asyncio.create_task(other)
-    try:
-        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks, timeout=_CLOSE_S)
 
 
 @contextlib.asynccontextmanager

@@ -59,16 +59,14 @@ class Tokenizer:
             raise InvalidRequest.of("prompt", f"{least} tokens or more", f"at most {max_tokens} tokens")
         return [*self._before, *self._encode_text(text, "prompt"), *self._after]
 
-    def encode_chat(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True, max_bytes: int = MAX_TEXT_BYTES
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], *, max_bytes: int = MAX_TEXT_BYTES) -> list[int]:
         """Through the model's chat template, which writes bos itself. Contents become text only, whatever they say."""
         if self._chat_template is None:
             allowed = "prompt or token_ids: the model has no chat template"
             raise InvalidRequest.of("chat", f"{len(messages)} messages", allowed)
         for i, message in enumerate(messages):
             _check_size(message.content, max_bytes, f"chat.messages[{i}].content")
-        chat = self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        chat = self._chat_template.render(messages)
         _check_size(chat.plain(chat.text), max_bytes, "chat")
         token_ids: list[int] = []
         for part in self._control_pattern.split(chat.text):

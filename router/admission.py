@@ -5,19 +5,14 @@ import heapq
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from isthmus.errors import Overloaded
 
 RETRY_AFTER_S = 0.5
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Order:
-    """Lower goes first. A request keeps its place through every line it stands in."""
-
-    negated_priority: int
-    sequence: int
+# Negated priority and arrival: lower goes first. A request keeps its place through every line it stands in.
+Order = tuple[int, int]
 
 
 class Line:
@@ -98,7 +93,7 @@ class Admission:
         return not self._decode_turns.num_free
 
     def order(self, priority: int) -> Order:
-        return Order(-priority, next(self._sequence))
+        return -priority, next(self._sequence)
 
     @asynccontextmanager
     async def slot(self, order: Order, timeout_s: float) -> AsyncIterator[None]:
@@ -117,6 +112,6 @@ class Admission:
 
     @asynccontextmanager
     async def reserving(self, order: Order, timeout_s: float) -> AsyncIterator[None]:
-        """The same for blocks. A line of its own: who stands in it holds a prefill place the other line may wait for."""
+        """The same for blocks, in a line of its own: who stands here holds a prefill place others wait for."""
         async with self._decode_turns.turn(order, timeout_s):
             yield

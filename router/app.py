@@ -21,7 +21,7 @@ from kv_transfer.ownership import OpenStore, OwnershipStore, connected
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchSettings
 from router.placement import Placement
-from router.server import SERVICE, Backend, InferenceServer, ServerLimits
+from router.server import SERVICE, Backend, InferenceServer
 from router.text import TextWorkers
 from router.validate import ModelFacts
 from router.worker_pool import WorkerPool
@@ -41,8 +41,7 @@ class Router:
         self._metrics = Metrics()
         self._clock = SystemClock()
         self._admission = Admission(config.max_streams, config.max_queue)
-        limits = ServerLimits(config.max_prompt_bytes, config.default_timeout_s, config.max_timeout_s)
-        self._server = InferenceServer(limits)
+        self._server = InferenceServer(config)
         self._pool: WorkerPool | None = None
 
     async def run(self) -> None:
@@ -64,9 +63,7 @@ class Router:
             )
             pool = self._pool = self._open_pool(store, model.digest)
             await stack.enter_async_context(_watching(pool, stop))
-            self._server.backend = Backend(
-                self._open_dispatch(pool), model, tokenizer, text=text, metrics=self._metrics, clock=self._clock
-            )
+            self._server.backend = Backend(self._open_dispatch(pool), model, text, self._metrics, self._clock)
             self._health.ready()
             yield
 

@@ -22,7 +22,7 @@ from router.admission import Admission, Order
 from router.affinity import prompt_prefixes
 from router.attempt import Attempt, AttemptFailed
 from router.delivery import Delivery, Timeline
-from router.inbox import MAX_BUFFERED_TOKENS, Inbox
+from router.inbox import MAX_BUFFERED_TOKENS, Failed, Inbox
 from router.interrupt import Interruptible
 from router.placement import Ask, Job, Placed, Placement
 from router.prefill_call import prefilling
@@ -121,12 +121,12 @@ class Dispatch:
             try:
                 await self._attempt(call, job, avoid)
             except AttemptFailed as failed:
-                self._record(call, "attempt.failed", cause=failed.error.reason, failed=failed.failed)
+                self._record(call, "attempt.failed", cause=failed.cause.error.reason, failed=failed.cause.source)
                 # With more than token 0 delivered this would be a recovery that replays, not a repetition.
-                is_worth_it = isinstance(failed.error, _RETRYABLE) and call.delivery.num_tokens <= 1
+                is_worth_it = isinstance(failed.cause.error, _RETRYABLE) and call.delivery.num_tokens <= 1
                 if call.num_attempts >= MAX_ATTEMPTS or not is_worth_it:
                     await self._flush(call)  # what came before the failure is good
-                    raise failed.error from failed
+                    raise failed.cause.error from failed
                 job = replace(job, queue_deadline=self._queue_deadline(job.deadline))
             else:
                 return
@@ -142,7 +142,7 @@ class Dispatch:
                 try:
                     await self._follow(call, attempt, placed)
                 except AttemptFailed as failed:
-                    self._blame(failed, placed, avoid)
+                    self._blame(failed.cause, placed, avoid)
                     placed.decode.stream.end(FinishReason.ERROR)
                     await placed.decode.stream.settle()  # the next attempt may ask the same worker
                     raise
@@ -178,13 +178,13 @@ class Dispatch:
             call, "request.placed", transfer_id=transfer_id, prefill=prefill.incarnation, decode=decode.incarnation
         )
 
-    def _blame(self, failed: AttemptFailed, placed: Placed, avoid: set[str]) -> None:
+    def _blame(self, failed: Failed, placed: Placed, avoid: set[str]) -> None:
         """The next attempt, and for a moment other requests, go elsewhere if there is an elsewhere."""
-        if failed.failed == "prefill":
+        if failed.source == "prefill":
             avoid.add(placed.prefill.worker.record.incarnation)
             if isinstance(failed.error, WorkerLost):
                 placed.prefill.worker.suspect_until = self._clock.now() + SUSPECT_S
-        elif failed.failed == "decode":
+        elif failed.source == "decode":
             avoid.add(placed.decode.worker.record.incarnation)
 
     def _queue_deadline(self, deadline: float) -> float:

@@ -1,57 +1,26 @@
 """What reaches one attempt at a request, from prefill and decode alike: a bounded buffer its task empties in one go."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from isthmus.errors import IsthmusError
-from isthmus.types import FinishReason
-from isthmus.v1 import prefill_pb2, types_pb2
+from isthmus.v1 import decode_pb2, prefill_pb2
 
 MAX_BUFFERED_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class FirstToken:
-    """Token 0 from prefill."""
+class Failed:
+    """One side can do no more for this attempt; `transfer`: decode has no blocks to decode from."""
 
-    message: prefill_pb2.FirstToken
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillDone:
-    message: prefill_pb2.Done
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillFailed:
+    source: Literal["prefill", "decode", "transfer"]
     error: IsthmusError
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeTokens:
-    index: int
-    tokens: Sequence[types_pb2.Token]
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeEnded:
-    """The decode worker ended the stream and has freed its blocks."""
-
-    finish_reason: FinishReason | None
-    num_tokens: int
-    reason: str  # ErrorInfo reason of FinishReason.ERROR
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeFailed:
-    """No blocks to decode from: the transfer failed, or the session or its worker was lost."""
-
-    error: IsthmusError
-
-
-Event = FirstToken | PrefillDone | PrefillFailed | DecodeTokens | DecodeEnded | DecodeFailed
+# The workers' own messages: two of a prefill call, and of a session what decode says of the stream while it is held.
+Event = prefill_pb2.FirstToken | prefill_pb2.Done | decode_pb2.StreamTokens | decode_pb2.StreamEnded | Failed
 
 
 class Inbox:
@@ -61,9 +30,7 @@ class Inbox:
     `on_overflow`, because a request whose client does not read must not grow, nor slow down its neighbours.
     """
 
-    def __init__(
-        self, now: Callable[[], float], on_overflow: Callable[[], None], *, max_tokens: int = MAX_BUFFERED_TOKENS
-    ):
+    def __init__(self, now: Callable[[], float], on_overflow: Callable[[], None], *, max_tokens: int):
         self._now = now
         self._on_overflow = on_overflow
         self._max_tokens = max_tokens
@@ -72,7 +39,7 @@ class Inbox:
         self._arrived = asyncio.Event()
 
     def put(self, event: Event) -> None:
-        if isinstance(event, DecodeTokens):
+        if isinstance(event, decode_pb2.StreamTokens):
             self._num_tokens += len(event.tokens)
             if self._num_tokens > self._max_tokens:
                 self._on_overflow()

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from isthmus.clock import Clock
 from isthmus.convert import request_to_proto
@@ -89,14 +89,14 @@ class Placement:
 
     async def numerics_class(self, queue_deadline: float) -> NumericsClass:
         """The class a new request will belong to. Raises WorkersUnavailable when there is none for a while."""
-        gone_deadline = min(queue_deadline, self._clock.now() + GONE_WAIT_S)
+        started_at = self._clock.now()
         while True:
             decode = [worker.view(0) for worker in self._pool.usable_decode()]
             prefill = [worker.view(0) for worker in self._pool.usable_prefill()]
             if found := policy.choose_class(decode, prefill):
                 return found
             missing = "decode" if not decode else "prefill" if not prefill else "pair of prefill and decode"
-            await self._wait(gone_deadline, _unavailable(missing))
+            await self._wait(_unavailable(missing), started_at, queue_deadline)
 
     @asynccontextmanager
     async def place(self, ask: Ask) -> AsyncIterator[Placed]:
@@ -108,13 +108,10 @@ class Placement:
 
     @asynccontextmanager
     async def _prefill_place(self, ask: Ask) -> AsyncIterator[PrefillPlace]:
-        job, patience = ask.job, self._patience(ask.job)
-        async with self._admission.placing(job.order, patience.room_s):
-            while (worker := self._choose_prefill(ask)) is None:
-                is_gone = not self._prefill_workers(job)
-                missing = self._missing("prefill", has_others=bool(self._pool.usable_prefill()))
-                error = missing if is_gone else Overloaded("all prefill workers are busy")
-                await self._wait(patience.deadline(is_gone=is_gone), error)
+        job, started_at = ask.job, self._clock.now()
+        async with self._admission.placing(job.order, job.queue_deadline - started_at):
+            while isinstance(worker := self._choose_prefill(ask), IsthmusError):
+                await self._wait(worker, started_at, job.queue_deadline)
             place = PrefillPlace(worker, len(job.request.prompt_token_ids))
             worker.num_tokens_ahead += place.num_tokens_ahead
         try:
@@ -125,13 +122,12 @@ class Placement:
 
     @asynccontextmanager
     async def _decode_place(self, ask: Ask) -> AsyncIterator[DecodePlace]:
-        job, patience = ask.job, self._patience(ask.job)
+        job, started_at = ask.job, self._clock.now()
         place = None if self._admission.is_reserving else await self._ask_each(ask)
         if not isinstance(place, DecodePlace):
-            async with self._admission.reserving(job.order, patience.room_s):
-                while not isinstance(place := await self._ask_each(ask), DecodePlace):
-                    is_gone = not isinstance(place, Overloaded)
-                    await self._wait(patience.deadline(is_gone=is_gone), place)
+            async with self._admission.reserving(job.order, job.queue_deadline - started_at):
+                while isinstance(place := await self._ask_each(ask), IsthmusError):
+                    await self._wait(place, started_at, job.queue_deadline)
         try:
             yield place
         finally:
@@ -139,31 +135,28 @@ class Placement:
             place.worker.reserved_blocks -= place.num_blocks
             place.stream.close()
 
-    def _choose_prefill(self, ask: Ask) -> PrefillWorker | None:
-        workers = self._prefill_workers(ask.job)
-        views = [worker.view(self._num_prefix_tokens(ask.job, incarnation)) for incarnation, worker in workers.items()]
-        chosen = policy.choose_prefill(views, avoid=ask.avoid)
-        return workers[chosen] if chosen else None
-
-    def _num_prefix_tokens(self, job: Job, incarnation: str) -> int:
-        return self._affinity.num_prefix_tokens(job.prefixes, incarnation)
-
-    def _prefill_workers(self, job: Job) -> dict[str, PrefillWorker]:
+    def _choose_prefill(self, ask: Ask) -> PrefillWorker | IsthmusError:
         usable = self._pool.usable_prefill()
-        return {worker.record.incarnation: worker for worker in usable if worker.numerics == job.numerics}
+        workers = {worker.record.incarnation: worker for worker in usable if worker.numerics == ask.job.numerics}
+        if not workers:
+            return _none_left("prefill", has_others=bool(usable))
+        views = [worker.view(self._num_prefix_tokens(ask.job, key)) for key, worker in workers.items()]
+        chosen = policy.choose_prefill(views, avoid=ask.avoid)
+        return workers[chosen] if chosen else Overloaded("all prefill workers are busy")
 
     async def _ask_each(self, ask: Ask) -> DecodePlace | IsthmusError:
         """Asks decode workers in order of preference; the last refusal when none has room now."""
-        job = ask.job
-        usable = [worker for worker in self._pool.usable_decode() if worker.numerics == job.numerics]
-        workers = {worker.record.incarnation: worker for worker in usable}
-        views = [worker.view(self._num_prefix_tokens(job, incarnation)) for incarnation, worker in workers.items()]
+        job, usable = ask.job, self._pool.usable_decode()
+        workers = {worker.record.incarnation: worker for worker in usable if worker.numerics == job.numerics}
+        if not workers:
+            return _none_left("decode", has_others=bool(usable))
+        views = [worker.view(self._num_prefix_tokens(job, key)) for key, worker in workers.items()]
         ranked = policy.rank_decode(views, job.num_positions, avoid=ask.avoid)
-        if usable and not ranked:
-            most = max(worker.record.load.blocks.total * worker.record.layout.block_size for worker in usable)
+        if not ranked:
+            most = max(view.total_blocks * view.block_size for view in views)
             given = f"{job.num_positions} positions of prompt and max_tokens"
             raise InvalidRequest.of("sampling.max_tokens", given, f"at most {most}, the largest decode worker's cache")
-        refusal = self._missing("decode", has_others=bool(self._pool.usable_decode()) and not usable)
+        refusal: IsthmusError = _unavailable("decode")
         for incarnation in ranked:
             answer = await self._ask_one(ask, workers[incarnation])
             if isinstance(answer, DecodePlace):
@@ -171,15 +164,15 @@ class Placement:
             refusal = answer if isinstance(answer, Overloaded) else refusal
         return refusal
 
+    def _num_prefix_tokens(self, job: Job, incarnation: str) -> int:
+        return self._affinity.num_prefix_tokens(job.prefixes, incarnation)
+
     async def _ask_one(self, ask: Ask, worker: DecodeWorker) -> DecodePlace | IsthmusError:
         """Raises InvalidRequest, which every worker would answer; returns any other refusal."""
         num_blocks = worker.record.layout.num_blocks(ask.job.num_positions)
         remaining_s = ask.job.deadline - self._clock.now()
-        reserve = decode_pb2.Reserve(
-            request=request_to_proto(ask.job.request),
-            attach=worker.session.attach_id(ask.attempt),
-        )
-        reserve.request.timeout_ms = max(1, int(remaining_s * 1000))
+        request = request_to_proto(replace(ask.job.request, timeout_s=remaining_s))
+        reserve = decode_pb2.Reserve(request=request, attach=worker.session.attach_id(ask.attempt))
         worker.reserved_blocks += num_blocks  # from now on, so that the next request already counts it
         try:
             stream = await worker.session.reserve(reserve, ask.inbox, timeout_s=remaining_s)
@@ -190,36 +183,24 @@ class Placement:
             raise
         return DecodePlace(worker, stream, num_blocks)
 
-    def _patience(self, job: Job) -> "_Patience":
-        return _Patience(self._clock.now(), job.queue_deadline)
+    async def _wait(self, refusal: IsthmusError, started_at: float, queue_deadline: float) -> None:
+        """A moment, or until something changed; raises `refusal` after waiting long enough since `started_at`.
 
-    def _missing(self, role: str, *, has_others: bool) -> IsthmusError:
-        if has_others:
-            return NumericsMismatch(f"the {role} workers left are not of the request's numerics class")
-        return _unavailable(role)
-
-    async def _wait(self, deadline: float, error: IsthmusError) -> None:
-        """A moment, or until something changed; raises `error` once the deadline has passed."""
+        For room that is as long as the queue allows, for a worker to exist only a moment.
+        """
+        is_gone = not isinstance(refusal, Overloaded)
+        deadline = min(queue_deadline, started_at + GONE_WAIT_S) if is_gone else queue_deadline
         remaining_s = deadline - self._clock.now()
         if remaining_s <= 0:
-            error.retry_after_s = error.retry_after_s or RETRY_AFTER_S
-            raise error
+            refusal.retry_after_s = refusal.retry_after_s or RETRY_AFTER_S
+            raise refusal
         await self._pool.wait_for_change(min(remaining_s, RETRY_INTERVAL_S))
 
 
-@dataclass(frozen=True, slots=True)
-class _Patience:
-    """How long to wait in one phase: for room as long as the queue allows, for a worker to exist only a moment."""
-
-    started_at: float
-    queue_deadline: float
-
-    @property
-    def room_s(self) -> float:
-        return self.queue_deadline - self.started_at
-
-    def deadline(self, *, is_gone: bool) -> float:
-        return min(self.queue_deadline, self.started_at + GONE_WAIT_S) if is_gone else self.queue_deadline
+def _none_left(role: str, *, has_others: bool) -> IsthmusError:
+    if has_others:
+        return NumericsMismatch(f"the {role} workers left are not of the request's numerics class")
+    return _unavailable(role)
 
 
 def _unavailable(missing: str) -> WorkersUnavailable:

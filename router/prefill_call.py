@@ -10,7 +10,7 @@ from isthmus.errors import RequestCancelled, WorkerLost
 from isthmus.log import get_logger
 from isthmus.rpc_errors import error_from_rpc
 from isthmus.v1 import prefill_pb2
-from router.inbox import FirstToken, Inbox, PrefillDone, PrefillFailed
+from router.inbox import Failed, Inbox
 from router.placement import PrefillPlace
 
 CANCEL_WAIT_S = 1.0
@@ -21,7 +21,7 @@ _log = get_logger("router.prefill")
 async def prefilling(
     place: PrefillPlace, request: prefill_pb2.PrefillRequest, inbox: Inbox, *, timeout_s: float
 ) -> AsyncIterator[None]:
-    """Events arrive in `inbox` while the block runs: one FirstToken, then PrefillDone; or PrefillFailed."""
+    """Events arrive in `inbox` while the block runs: one FirstToken, then Done; or Failed."""
     worker = place.worker
     worker.calls.add(inbox)  # so that a hung worker's requests are told
     task = asyncio.create_task(_read(place, request, inbox, timeout_s), name="prefill-call")
@@ -45,22 +45,22 @@ async def _read(place: PrefillPlace, request: prefill_pb2.PrefillRequest, inbox:
                     num_computed = response.progress.num_computed_tokens
                 case "first_token":
                     place.computed(place.num_tokens_ahead)
-                    inbox.put(FirstToken(response.first_token))
+                    inbox.put(response.first_token)
                 case "done":
                     is_done = True
-                    inbox.put(PrefillDone(response.done))
+                    inbox.put(response.done)
                 case _:
                     pass  # queued, or news of a later version
-        if not is_done:
-            inbox.put(PrefillFailed(WorkerLost("the prefill worker ended the call early")))
+        error = None if is_done else WorkerLost("the prefill worker ended the call early")
     except asyncio.CancelledError:
-        inbox.put(PrefillFailed(WorkerLost("the prefill call was dropped")))  # heard only if its channel was closed
+        inbox.put(Failed("prefill", WorkerLost("the prefill call was dropped")))  # heard only if its channel was closed
         raise
     except grpc.aio.AioRpcError as rpc_error:
         error = error_from_rpc(rpc_error)
-        # Cancelled by the worker's side, not by the client: the client asked for nothing of the kind.
-        dropped = isinstance(error, RequestCancelled)
-        inbox.put(PrefillFailed(WorkerLost("the prefill worker dropped the call") if dropped else error))
-    except Exception as error:  # noqa: BLE001 - the task's root
-        _log.exception("prefill.failed", error, request_id=request.request.request_id)
-        inbox.put(PrefillFailed(WorkerLost("the prefill worker's answer could not be read")))
+        if isinstance(error, RequestCancelled):  # by the worker's side, not by the client
+            error = WorkerLost("the prefill worker dropped the call")
+    except Exception as unexpected:  # noqa: BLE001 - the task's root
+        _log.exception("prefill.failed", unexpected, request_id=request.request.request_id)
+        error = WorkerLost("the prefill worker's answer could not be read")
+    if error is not None:
+        inbox.put(Failed("prefill", error))

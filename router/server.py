@@ -12,10 +12,10 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from isthmus.clock import Clock
+from isthmus.config import RouterConfig
 from isthmus.errors import Draining, InvalidRequest, IsthmusError, NotYet, RequestCancelled, WorkersUnavailable
 from isthmus.ids import new_request_id, new_seed
 from isthmus.metrics import Metrics
-from isthmus.tokenizer import Tokenizer
 from isthmus.types import Request
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 from router.delivery import Delivery, Timeline
@@ -39,19 +39,11 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
-class ServerLimits:
-    max_prompt_bytes: int
-    default_timeout_s: float
-    max_timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class Backend:
     """What the server hands requests to."""
 
     dispatch: Dispatch
     model: ModelFacts
-    tokenizer: Tokenizer
     text: TextWorkers
     metrics: Metrics
     clock: Clock
@@ -60,8 +52,8 @@ class Backend:
 class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
     """Event loop only. Owns the lives of running calls, for Cancel and drain. `backend` is None at first."""
 
-    def __init__(self, limits: ServerLimits):
-        self._limits = limits
+    def __init__(self, config: RouterConfig):
+        self._config = config
         self._lives: dict[str, Interruptible] = {}
         self._is_draining = False
         self._is_empty = asyncio.Event()
@@ -71,15 +63,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
     def register(self, server: grpc.aio.Server) -> None:
         """The first handler found wins: those that take raw bytes stand before the generated ones."""
         raw = {
-            "Generate": grpc.unary_stream_rpc_method_handler(
-                self.Generate, response_serializer=inference_pb2.GenerateResponse.SerializeToString
-            ),
-            "Tokenize": grpc.unary_unary_rpc_method_handler(
-                self.Tokenize, response_serializer=inference_pb2.TokenizeResponse.SerializeToString
-            ),
-            "Detokenize": grpc.unary_unary_rpc_method_handler(
-                self.Detokenize, response_serializer=inference_pb2.DetokenizeResponse.SerializeToString
-            ),
+            "Generate": grpc.unary_stream_rpc_method_handler(self.Generate, response_serializer=_serialise),
+            "Tokenize": grpc.unary_unary_rpc_method_handler(self.Tokenize, response_serializer=_serialise),
+            "Detokenize": grpc.unary_unary_rpc_method_handler(self.Detokenize, response_serializer=_serialise),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, raw),))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, server)
@@ -136,17 +122,14 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
         model = self._started().model
-        return inference_pb2.ListModelsResponse(
-            models=[
-                inference_pb2.Model(
-                    id=model.model_id,
-                    architecture=model.architecture,
-                    vocab_size=model.vocab_size,
-                    context_length=model.context_length,
-                    digest=model.digest,
-                )
-            ]
+        shown = inference_pb2.Model(
+            id=model.model_id,
+            architecture=model.architecture,
+            vocab_size=model.vocab_size,
+            context_length=model.context_length,
+            digest=model.digest,
         )
+        return inference_pb2.ListModelsResponse(models=[shown])
 
     async def Tokenize(self, request: bytes, context: Context) -> inference_pb2.TokenizeResponse:  # noqa: N802
         backend = self._started()
@@ -166,7 +149,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _open_call(self, backend: Backend, raw: bytes, arrival: "_Arrival", life: Interruptible) -> Call:
         """Parses, validates and tokenises. Raises InvalidRequest and its kin before anything is held."""
-        message = parse_request(raw, self._limits.max_prompt_bytes)
+        message = parse_request(raw, self._config.max_prompt_bytes)
         check_request(message, backend.model)
         token_ids = await _encode(backend.text, message)
         field = message.WhichOneof("input") or "prompt"
@@ -180,7 +163,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
             tenant=message.tenant,
             priority=message.priority,
         )
-        detokenizer = backend.tokenizer.detokenizer(sampling.stop, include_stop=sampling.include_stop)
+        detokenizer = backend.text.tokenizer.detokenizer(sampling.stop, include_stop=sampling.include_stop)
         return Call(
             request=request,
             client_request_id=message.client_request_id,
@@ -213,19 +196,23 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
 
     def _timeout_s(self, context: Context) -> float:
         """The client's remaining time, within the server's bounds."""
-        remaining_s: float | None = cast("float | None", context.time_remaining())  # None without a deadline
+        remaining_s = cast("float | None", context.time_remaining())  # None without a deadline
         if remaining_s is None:
-            return self._limits.default_timeout_s
-        return min(remaining_s, self._limits.max_timeout_s)
+            return self._config.default_timeout_s
+        return min(remaining_s, self._config.max_timeout_s)
 
     def _parse(self, raw: bytes, message_class: type[MessageT], field: str) -> MessageT:
         """For the small calls: bounded by the bytes a prompt may have."""
-        if len(raw) > self._limits.max_prompt_bytes + _SLACK_BYTES:
-            raise InvalidRequest.of(field, f"{len(raw)} bytes", f"at most {self._limits.max_prompt_bytes} bytes")
+        if len(raw) > self._config.max_prompt_bytes + _SLACK_BYTES:
+            raise InvalidRequest.of(field, f"{len(raw)} bytes", f"at most {self._config.max_prompt_bytes} bytes")
         try:
             return message_class.FromString(raw)
         except DecodeError as error:
             raise InvalidRequest.of("request", "bytes that cannot be read", "a serialised request") from error
+
+
+def _serialise(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 class _Writer:
@@ -263,11 +250,10 @@ async def _encode(
 
 def _count(metrics: Metrics, call: Call | None, outcome: str) -> None:
     """Once a call; labels come from fixed sets."""
-    if call is None:
-        metrics.requests.labels(outcome).inc()
-        return
-    reason = call.delivery.finish_reason
+    reason = call.delivery.finish_reason if call else None
     metrics.requests.labels(reason.value if outcome == "finished" and reason else outcome).inc()
+    if call is None:
+        return
     metrics.tokens.labels("prompt").inc(len(call.request.prompt_token_ids))
     metrics.tokens.labels("cached").inc(call.num_cached_tokens)
     metrics.tokens.labels("generated").inc(call.delivery.num_tokens)

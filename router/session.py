@@ -9,13 +9,13 @@ import grpc
 import grpc.aio
 
 from isthmus.clock import Clock
-from isthmus.convert import finish_reason_from_proto, finish_reason_to_proto
-from isthmus.errors import IsthmusError, TransferIncomplete, WorkerLost, WorkersUnavailable
+from isthmus.convert import finish_reason_to_proto
+from isthmus.errors import TransferIncomplete, WorkerLost, WorkersUnavailable
 from isthmus.log import get_logger
 from isthmus.rpc_errors import typed_error
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, decode_pb2_grpc
-from router.inbox import DecodeEnded, DecodeFailed, DecodeTokens, Inbox
+from router.inbox import Failed, Inbox
 from router.policy import NO_NEW_WORK_S
 
 MAX_OUTGOING = 4096  # messages to a worker that does not read; beyond it the session is given up
@@ -177,7 +177,7 @@ class Session:
             self._given_up.set_result(None)
         was_alive, self.hello = self.is_alive, None
         for stream in [stream for stream in self._streams.values() if not stream.ended.is_set()]:
-            self._finish(stream, DecodeFailed(WorkerLost(why)), WorkersUnavailable(why))
+            self._finish(stream, Failed("decode", WorkerLost(why)))
         if was_alive:
             _log.info("session.given_up", worker=self._peer.decode_name, why=why)
             self._on_change()
@@ -239,41 +239,33 @@ class Session:
                 for tokens in message.step.streams:
                     if stream := self._streams.get(tokens.request_id):
                         stream.is_claimed = True
-                        stream.inbox.put(DecodeTokens(tokens.index, tokens.tokens))
+                        stream.inbox.put(tokens)
             case "reserved":
                 stream = self._streams.get(message.reserved.request_id)
                 if stream and not stream.answer.done():
                     stream.answer.set_result(message.reserved)
             case "refused":
                 refused = message.refused
-                error = _refusal(refused)
-                self._end(refused.request_id, DecodeFailed(error), error)
+                retry_after_s = refused.retry_after_ms / 1000 or None
+                error = typed_error(refused.reason, refused.detail, retry_after_s=retry_after_s)
+                self._finish(self._streams.get(refused.request_id), Failed("decode", error))
             case "ended":
-                ended = message.ended
-                reason = finish_reason_from_proto(ended.finish_reason)
-                event = DecodeEnded(reason, ended.num_tokens, ended.reason, ended.detail)
-                self._end(ended.request_id, event, WorkersUnavailable("the stream ended before it was reserved"))
+                self._finish(self._streams.get(message.ended.request_id), message.ended)
             case "transfer_failed":
                 failed = message.transfer_failed
                 error = TransferIncomplete(f"the prompt's blocks did not arrive: {failed.reason}")
-                self._end(failed.request_id, DecodeFailed(error), error)
+                self._finish(self._streams.get(failed.request_id), Failed("transfer", error))
             case other:
                 _log.warning("session.unexpected", worker=self._peer.decode_name, message=other)
 
-    def _end(self, request_id: str, event: DecodeEnded | DecodeFailed, refusal: IsthmusError) -> None:
-        if stream := self._streams.get(request_id):
-            self._finish(stream, event, refusal)
-
-    def _finish(self, stream: DecodeStream, event: DecodeEnded | DecodeFailed, refusal: IsthmusError) -> None:
+    def _finish(self, stream: DecodeStream | None, event: decode_pb2.StreamEnded | Failed) -> None:
         """The worker holds nothing of the stream any more: as its answer when it was still asked, else as an event."""
+        if stream is None:
+            return
         stream.ended.set()
         stream.is_claimed = False
-        if not stream.answer.done():
-            stream.answer.set_exception(refusal)
-        else:
+        if stream.answer.done():
             stream.inbox.put(event)
-
-
-def _refusal(refused: decode_pb2.Refused) -> IsthmusError:
-    retry_after_s = refused.retry_after_ms / 1000 if refused.retry_after_ms else None
-    return typed_error(refused.reason, refused.detail, retry_after_s=retry_after_s)
+        else:
+            ended = WorkersUnavailable("the stream ended before it was reserved")
+            stream.answer.set_exception(event.error if isinstance(event, Failed) else ended)

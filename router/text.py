@@ -18,7 +18,7 @@ class TextWorkers:
     """Context manager: leaving it waits for the threads."""
 
     def __init__(self, tokenizer: Tokenizer, *, max_prompt_bytes: int, max_tokens: int):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._max_prompt_bytes = max_prompt_bytes
         self._max_tokens = max_tokens
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
@@ -32,13 +32,13 @@ class TextWorkers:
 
     async def encode(self, prompt: str) -> list[int]:
         limits = {"max_bytes": self._max_prompt_bytes, "max_tokens": self._max_tokens}
-        return await self._run(lambda: self._tokenizer.encode(prompt, **limits))
+        return await self._run(lambda: self.tokenizer.encode(prompt, **limits))
 
     async def encode_chat(self, chat: inference_pb2.Chat) -> list[int]:
-        return await self._run(lambda: self._tokenizer.encode_chat(chat.messages, max_bytes=self._max_prompt_bytes))
+        return await self._run(lambda: self.tokenizer.encode_chat(chat.messages, max_bytes=self._max_prompt_bytes))
 
     async def decode(self, token_ids: Sequence[int]) -> str:
-        return await self._run(lambda: self._tokenizer.decode(token_ids))
+        return await self._run(lambda: self.tokenizer.decode(token_ids))
 
     async def _run(self, work: Callable[[], ResultT]) -> ResultT:
         """Raises Overloaded at once when too much waits; the call's own deadline bounds the rest."""

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
 
+from isthmus.convert import sampling_from_proto
 from isthmus.errors import FieldViolation, InvalidRequest, ModelNotFound, NotYet
 from isthmus.types import SamplingParams
 from isthmus.v1 import inference_pb2, types_pb2
@@ -91,9 +92,7 @@ def complete_sampling(
     """Defaults filled in, lengths checked against the context; `top_k` beyond the vocabulary is off."""
     room = model.context_length - num_prompt_tokens
     if room < 1:
-        allowed = (
-            f"at most {model.context_length - 1}: the context of {model.context_length} less one token to generate"
-        )
+        allowed = f"at most {model.context_length - 1}: one token of the context of {model.context_length} is generated"
         raise InvalidRequest.of(prompt_field, f"{num_prompt_tokens} tokens", allowed)
     max_tokens = params.max_tokens if params.HasField("max_tokens") else room
     if max_tokens > room:
@@ -101,36 +100,23 @@ def complete_sampling(
         raise InvalidRequest.of("sampling.max_tokens", max_tokens, allowed)
     if params.min_tokens > max_tokens:
         raise InvalidRequest.of("sampling.min_tokens", params.min_tokens, f"at most max_tokens, {max_tokens}")
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=params.min_tokens,
-        temperature=params.temperature if params.HasField("temperature") else 1.0,
-        top_p=params.top_p if params.HasField("top_p") else 1.0,
-        top_k=params.top_k if 0 < params.top_k < model.vocab_size else 0,
-        min_p=params.min_p,
-        stop=tuple(params.stop),
-        stop_token_ids=tuple(params.stop_token_ids),
-        include_stop=params.include_stop,
-        ignore_eos=params.ignore_eos,
-        logprobs=params.logprobs if params.HasField("logprobs") else None,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty if params.HasField("repetition_penalty") else 1.0,
-        logit_bias=tuple(sorted(params.logit_bias.items())),
-    )
+    top_k = params.top_k if 0 < params.top_k < model.vocab_size else 0
+    return replace(sampling_from_proto(params), max_tokens=max_tokens, top_k=top_k)
 
 
 def _check_served(message: inference_pb2.GenerateRequest) -> None:
     """Fields of the protocol that this version does not follow are refused, never ignored."""
     if message.on_disconnect not in types_pb2.OnDisconnect.values():
         raise InvalidRequest.of("on_disconnect", message.on_disconnect, "ABORT or RETAIN")
-    for is_asked, field, given in (
-        (message.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN, "on_disconnect", "RETAIN"),
-        (len(message.emitted_token_ids) > 0, "emitted_token_ids", f"{len(message.emitted_token_ids)} tokens"),
-    ):
-        if is_asked:
-            violation = FieldViolation(field, f"given {given}; not served yet: leave it out")
-            raise NotYet(f"{field}: {violation.description}", violations=(violation,))
+    if message.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN:
+        raise _not_yet("on_disconnect", "RETAIN")
+    if message.emitted_token_ids:
+        raise _not_yet("emitted_token_ids", f"{len(message.emitted_token_ids)} tokens")
+
+
+def _not_yet(field: str, given: str) -> NotYet:
+    violation = FieldViolation(field, f"given {given}; not served yet: leave it out")
+    return NotYet(f"{field}: {violation.description}", violations=(violation,))
 
 
 def _check_identity(message: inference_pb2.GenerateRequest) -> None:

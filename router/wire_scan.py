@@ -17,14 +17,14 @@ _MAX_ENTRY_BYTES = 4 << 10  # of one entry of `sampling`
 _INPUTS = {3: "prompt", 4: "token_ids", 5: "chat"}
 _LONG = {**_INPUTS, 1: "client_request_id", 2: "model", 7: "emitted_token_ids", 11: "tenant"}
 _SAMPLING = 6
-_NESTED = {5: "chat", _SAMPLING: "sampling"}
-# Fields that repeat inside them: number -> name, most entries. Packed numbers are bounded by bytes instead.
+# What repeats inside of these two: number -> name, most entries. Packed numbers are bounded by bytes instead.
 _REPEATED = {
-    "chat": {1: ("messages", MAX_MESSAGES)},
-    "sampling": {8: ("stop", MAX_STOP), 16: ("logit_bias", MAX_LOGIT_BIAS)},
+    5: {1: ("chat.messages", MAX_MESSAGES)},
+    _SAMPLING: {8: ("sampling.stop", MAX_STOP), 16: ("sampling.logit_bias", MAX_LOGIT_BIAS)},
 }
 _MAX_NESTED_FIELDS = 4096
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_VARINT, _BYTES = 0, 2  # wire types
+_FIXED_BYTES = {1: 8, 5: 4}
 
 
 def check_wire(raw: bytes, max_prompt_bytes: int) -> None:
@@ -39,8 +39,8 @@ def check_wire(raw: bytes, max_prompt_bytes: int) -> None:
         if num_bytes[number] > max_prompt_bytes and number != _SAMPLING:
             given, allowed = f"{num_bytes[number]} bytes", f"at most {max_prompt_bytes} bytes"
             raise InvalidRequest.of(_LONG.get(number, "request"), given, allowed)
-        if number in _NESTED:
-            _check_entries(raw, start, end, _NESTED[number])
+        if number in _REPEATED:
+            _check_entries(raw, start, end, number)
         if number == _SAMPLING and end - start > _MAX_SAMPLING_BYTES:
             raise InvalidRequest.of("sampling", f"{end - start} bytes", f"at most {_MAX_SAMPLING_BYTES} bytes")
     if len(inputs) > 1:
@@ -48,17 +48,18 @@ def check_wire(raw: bytes, max_prompt_bytes: int) -> None:
         raise InvalidRequest.of("input", given, "one of prompt, token_ids, chat")
 
 
-def _check_entries(raw: bytes, start: int, end: int, name: str) -> None:
+def _check_entries(raw: bytes, start: int, end: int, parent: int) -> None:
     """Counts the entries of what repeats in the message in raw[start:end]."""
-    counts = dict.fromkeys(_REPEATED[name], 0)
+    name = "sampling" if parent == _SAMPLING else "chat"
+    counts = dict.fromkeys(_REPEATED[parent], 0)
     for seen, (number, first, after) in enumerate(_fields(raw, start, end, name)):
         if number in counts:
             counts[number] += 1
-            field, most = _REPEATED[name][number]
-            if name == "sampling" and after - first > _MAX_ENTRY_BYTES:
-                raise InvalidRequest.of(f"sampling.{field}", f"{after - first} bytes", f"at most {_MAX_ENTRY_BYTES}")
+            field, most = _REPEATED[parent][number]
+            if parent == _SAMPLING and after - first > _MAX_ENTRY_BYTES:
+                raise InvalidRequest.of(field, f"{after - first} bytes", f"at most {_MAX_ENTRY_BYTES}")
             if counts[number] > most:
-                raise InvalidRequest.of(f"{name}.{field}", f"more than {most} entries", f"at most {most} entries")
+                raise InvalidRequest.of(field, f"more than {most} entries", f"at most {most} entries")
         if seen >= _MAX_NESTED_FIELDS:
             raise InvalidRequest.of(name, f"more than {_MAX_NESTED_FIELDS} fields", "each field as often as it may be")
 
@@ -69,15 +70,14 @@ def _fields(raw: bytes, start: int, end: int, name: str) -> Iterator[tuple[int, 
     while position < end:
         tag, position = _varint(raw, position, end, name)
         wire_type = tag & 7
+        after = end + 1  # of a wire type that protobuf does not have
         if wire_type == _VARINT:
             _, after = _varint(raw, position, end, name)
         elif wire_type == _BYTES:
             length, position = _varint(raw, position, end, name)
             after = position + length
-        elif wire_type in (_FIXED64, _FIXED32):
-            after = position + (8 if wire_type == _FIXED64 else 4)
-        else:
-            raise _unreadable(name)
+        elif wire_type in _FIXED_BYTES:
+            after = position + _FIXED_BYTES[wire_type]
         if after > end:
             raise _unreadable(name)
         yield tag >> 3, position, after

@@ -16,7 +16,6 @@ from router.workers import DecodeWorker, PrefillWorker, is_hung, numerics_class
 
 WATCH_INTERVAL_S = 0.25
 STORE_TIMEOUT_S = 1.0
-CHANNEL_CLOSE_S = 0.5
 MAX_WORKERS = 4096
 _log = get_logger("router.pool")
 
@@ -99,61 +98,37 @@ class WorkerPool:
 
     async def _take_view(self, records: list[WorkerRecord], sessions: asyncio.TaskGroup) -> None:
         listed = {record.incarnation: record for record in records if record.model_digest == self._model_digest}
-        for incarnation, worker in list(self.decode.items()):
-            worker.has_lease = incarnation in listed
-            if not worker.has_lease and not worker.session.is_alive:
-                await self._drop_decode(worker)
-        for incarnation, worker in list(self.prefill.items()):
-            worker.has_lease = incarnation in listed
-            if not worker.has_lease and not worker.calls:
-                await self._drop_prefill(worker)
-        for record in listed.values():
-            if record.role == "decode":
-                self._take_decode(record, sessions)
-            elif record.role == "prefill":
-                self._take_prefill(record)
+        for workers in (self.decode, self.prefill):
+            for incarnation, worker in list(workers.items()):
+                worker.has_lease = incarnation in listed
+                if not worker.has_lease and not worker.is_busy:
+                    del workers[incarnation]
+                    self._ledger.record("worker.left", cause=worker.record.role, worker=worker.record.name)
+                    await worker.close()
+        for incarnation, record in listed.items():
+            if known := self.decode.get(incarnation) or self.prefill.get(incarnation):
+                known.record, known.numerics = record, numerics_class(record)
+            else:
+                self._join(record, sessions)
 
-    def _take_decode(self, record: WorkerRecord, sessions: asyncio.TaskGroup) -> None:
-        if known := self.decode.get(record.incarnation):
-            known.record, known.numerics = record, numerics_class(record)
-            return
-        channel = self._connect(record.grpc_address)
-        session = Session(
-            decode_pb2_grpc.DecodeServiceStub(channel),
-            SessionPeer(self._incarnation, record.incarnation, record.name),
-            clock=self._clock,
-            on_change=self.note_change,
-        )
-        task = sessions.create_task(session.run(), name=f"session {record.name}")
-        self.decode[record.incarnation] = DecodeWorker(record, numerics_class(record), session, channel, task)
-        self._ledger.record("worker.joined", cause="decode", worker=record.name, incarnation=record.incarnation)
-
-    def _take_prefill(self, record: WorkerRecord) -> None:
-        if known := self.prefill.get(record.incarnation):
-            known.record, known.numerics = record, numerics_class(record)
-            return
-        channel = self._connect(record.grpc_address)
-        self.prefill[record.incarnation] = PrefillWorker(
-            record, numerics_class(record), channel, prefill_pb2_grpc.PrefillServiceStub(channel)
-        )
-        self._ledger.record("worker.joined", cause="prefill", worker=record.name, incarnation=record.incarnation)
+    def _join(self, record: WorkerRecord, sessions: asyncio.TaskGroup) -> None:
+        channel, numerics = self._connect(record.grpc_address), numerics_class(record)
+        if record.role == "decode":
+            stub = decode_pb2_grpc.DecodeServiceStub(channel)
+            peer = SessionPeer(self._incarnation, record.incarnation, record.name)
+            session = Session(stub, peer, clock=self._clock, on_change=self.note_change)
+            task = sessions.create_task(session.run(), name=f"session {record.name}")
+            self.decode[record.incarnation] = DecodeWorker(record, numerics, session, channel, task)
+        else:
+            stub = prefill_pb2_grpc.PrefillServiceStub(channel)
+            self.prefill[record.incarnation] = PrefillWorker(record, numerics, channel, stub)
+        self._ledger.record("worker.joined", cause=record.role, worker=record.name, incarnation=record.incarnation)
 
     def _lose_hung(self) -> None:
         """A worker whose step does not end has lost its requests, although its connection lives."""
         for worker in [*self.decode.values(), *self.prefill.values()]:
             if worker.has_lease and is_hung(worker.record):
                 worker.lose("the worker makes no progress")
-
-    async def _drop_decode(self, worker: DecodeWorker) -> None:
-        del self.decode[worker.record.incarnation]
-        self._ledger.record("worker.left", cause="decode", worker=worker.record.name)
-        worker.task.cancel()
-        await worker.channel.close(CHANNEL_CLOSE_S)
-
-    async def _drop_prefill(self, worker: PrefillWorker) -> None:
-        del self.prefill[worker.record.incarnation]
-        self._ledger.record("worker.left", cause="prefill", worker=worker.record.name)
-        await worker.channel.close(CHANNEL_CLOSE_S)
 
     async def _close_all(self) -> None:
         channels = [worker.channel for worker in [*self.decode.values(), *self.prefill.values()]]

@@ -8,11 +8,12 @@ import grpc.aio
 from isthmus.errors import WorkerLost
 from isthmus.v1 import prefill_pb2_grpc
 from kv_transfer.ownership import WorkerRecord
-from router.inbox import Inbox, PrefillFailed
+from router.inbox import Failed, Inbox
 from router.policy import LOST_S, NO_NEW_WORK_S, DecodeView, NumericsClass, PrefillView
 from router.session import Session
 
 SUSPECT_S = 1.0  # after a failed call
+CHANNEL_CLOSE_S = 0.5
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +52,14 @@ class DecodeWorker:
             num_prefix_tokens=num_prefix_tokens,
         )
 
+    @property
+    def is_busy(self) -> bool:
+        return self.session.is_alive
+
+    async def close(self) -> None:
+        self.task.cancel()
+        await self.channel.close(CHANNEL_CLOSE_S)
+
     def lose(self, why: str) -> None:
         if self.session.num_streams:  # an idle session may stay: it costs nothing and shows when the worker is back
             self.session.abandon(why)
@@ -81,9 +90,16 @@ class PrefillWorker:
             num_prefix_tokens=num_prefix_tokens,
         )
 
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.calls)
+
+    async def close(self) -> None:
+        await self.channel.close(CHANNEL_CLOSE_S)
+
     def lose(self, why: str) -> None:
         for inbox in list(self.calls):
-            inbox.put(PrefillFailed(WorkerLost(why)))
+            inbox.put(Failed("prefill", WorkerLost(why)))
 
 
 def numerics_class(record: WorkerRecord) -> NumericsClass:

@@ -1,6 +1,7 @@
 """The `isthmus` command: up, generate, status, model, demo."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from isthmus.config import EXIT_CANNOT_START
 from isthmus.errors import CannotStart, IsthmusError
 from isthmus.rpc_errors import error_from_rpc
 
+EXIT_UNREAD = 141  # as a shell reports SIGPIPE
 _COMMANDS = {"up": up.run, "generate": generate.run, "status": status.run, "model": model.run, "demo": demo.run}
 
 
@@ -22,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return asyncio.run(_COMMANDS[parsed.command](parsed))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails too
+        return EXIT_UNREAD
     except (CannotStart, StackFailed) as error:
         sys.stderr.write(f"isthmus {parsed.command}: {error}\n")
         return EXIT_CANNOT_START

@@ -60,7 +60,7 @@ class Supervisor:
             try:
                 await self._run_until_stopped(on_ready)
             except BaseExceptionGroup as group:
-                failed = group.subgroup(StackFailed)
+                failed = group.subgroup((StackFailed, BrokenPipeError))
                 raise failed.exceptions[0] if failed else group from None
             finally:
                 await asyncio.shield(self._end_children())

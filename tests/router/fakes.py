@@ -36,7 +36,7 @@ from kv_transfer.ownership_memory import MemoryOwnership
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchSettings
 from router.placement import Placement
-from router.server import Backend, InferenceServer, ServerLimits
+from router.server import Backend, InferenceServer
 from router.text import TextWorkers
 from router.validate import ModelFacts
 from router.worker_pool import WorkerPool
@@ -416,10 +416,10 @@ async def running_router(
     limits = DispatchSettings("router-0", config.queue_timeout_s, max_buffered_tokens)
     dispatch = Dispatch(placement, admission, limits, clock=clock, ledger=cluster.ledger)
     tokenizer: Any = ByteTokenizer()
-    server = InferenceServer(ServerLimits(config.max_prompt_bytes, config.default_timeout_s, config.max_timeout_s))
+    server = InferenceServer(config)
     watching = asyncio.create_task(pool.run())
     with TextWorkers(tokenizer, max_prompt_bytes=config.max_prompt_bytes, max_tokens=MODEL.context_length) as text:
-        server.backend = Backend(dispatch, MODEL, tokenizer, text=text, metrics=metrics, clock=clock)
+        server.backend = Backend(dispatch, MODEL, text, metrics, clock)
         async with serving(server) as address, channel(address) as client:
             router = RunningRouter(
                 inference_pb2_grpc.InferenceServiceStub(client), admission, pool, server, cluster, metrics, address

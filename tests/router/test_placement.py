@@ -7,9 +7,8 @@ import pytest
 
 from isthmus.errors import IsthmusError, NoFreeBlocks
 from isthmus.v1 import decode_pb2
+from router.policy import MAX_TOKENS_AHEAD
 from tests.router.fakes import Cluster, RunningRouter, ask, running_router, until
-
-ALMOST_ALL_A_PREFILL_WORKER_TAKES = 500  # prompt tokens: two such requests fill its queue
 
 
 @pytest.fixture
@@ -24,12 +23,12 @@ async def router() -> AsyncIterator[RunningRouter]:
 
 
 async def test_requests_short_of_both_kinds_of_room_pass_one_by_one(router: RunningRouter) -> None:
-    """The one that waits for blocks holds the prefill place that the one behind it waits for."""
+    """The one that waits for blocks holds the whole prefill queue, which the one behind it waits for."""
     decode = router.cluster.decode[0]
     decode.refuse = lambda reserve: NoFreeBlocks("full") if decode.streams else None
     decode.token_interval_s = 0.005
 
-    prompts = [str(i) * ALMOST_ALL_A_PREFILL_WORKER_TAKES for i in range(6)]
+    prompts = [str(i) * MAX_TOKENS_AHEAD for i in range(6)]
     results = await asyncio.gather(*(router.generate(ask(prompt, max_tokens=20)) for prompt in prompts))
 
     assert {len(result.token_ids) for result in results} == {20}

@@ -8,6 +8,7 @@ import pytest
 from isthmus.clock import SystemClock
 from isthmus.v1 import decode_pb2
 from router.session import Session, SessionPeer
+from tests.router.fakes import until
 
 
 class FailingCall:
@@ -41,9 +42,7 @@ async def test_a_cancellation_just_as_the_connection_fails_ends_the_session(num_
     stub: Any = Stub()
     session = Session(stub, SessionPeer("r", "d", "d0"), clock=SystemClock(), on_change=lambda: None)
     running = asyncio.create_task(session.run())
-    while not session.is_alive:
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.01)
+    await until(lambda: session.is_alive, "the session is alive")
 
     stub.call.fails.set()
     for _ in range(num_ticks):

@@ -50,7 +50,7 @@ class Relay:
             self._tasks.append(asyncio.create_task(self._pass(source, sink)))
 
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError), contextlib.closing(sink):
             while data := await source.read(65536):
                 await self._flows.wait()
                 sink.write(data)
@@ -77,6 +77,11 @@ async def relayed(servicer: Ticking) -> AsyncGenerator[tuple[Relay, grpc.aio.Cha
         await server.stop(0)
 
 
+async def read_to_the_end(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 @pytest.mark.parametrize("interval_s", [0.02, 60.0], ids=["streaming", "waiting"])
 async def test_both_sides_lose_a_silent_peer(interval_s: float) -> None:
     servicer = Ticking(interval_s)
@@ -87,8 +92,7 @@ async def test_both_sides_lose_a_silent_peer(interval_s: float) -> None:
         frozen_at = time.monotonic()
 
         with pytest.raises(grpc.aio.AioRpcError) as lost:
-            while await call.read() is not grpc.aio.EOF:
-                pass
+            await read_to_the_end(call)
         assert isinstance(error_from_rpc(lost.value), WorkerLost)
         await asyncio.wait_for(servicer.left.wait(), LOST_WITHIN_S)
         assert time.monotonic() - frozen_at < LOST_WITHIN_S
