@@ -42,6 +42,7 @@ class DecodeWorker:
         self._engine: Engine | None = None
         self._streams: Streams | None = None
         self._receiver: Receiver | None = None
+        self._mirror: HandoffMirror | None = None
 
     async def run(self) -> None:
         """Returns after a drain; raises CannotStart when a setting is in the way."""
@@ -57,7 +58,7 @@ class DecodeWorker:
             store = await stack.enter_async_context(connected(self._open_store, self._config))
             engine = self._engine = await asyncio.to_thread(open_engine, self._config)
             memory = PoolMemory(engine.layout, transfer_memory(engine))
-            mirror = await stack.enter_async_context(running(HandoffMirror(store)))
+            mirror = self._mirror = await stack.enter_async_context(running(HandoffMirror(store)))
             report = OwnershipReport(mirror, self._identity.incarnation)
             loop = asyncio.get_running_loop()
             receiver = self._receiver = self._open_receiver(memory, report, loop)
@@ -103,6 +104,7 @@ class DecodeWorker:
             status.num_streams = len(self._streams)
             status.num_queued = self._streams.num_waiting
             status.counters.update(self._receiver.counters)
+            status.counters.update(self._mirror.counters if self._mirror else {})
         return status
 
     async def _drain(self, timeout_s: float) -> int:

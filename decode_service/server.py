@@ -14,13 +14,12 @@ from isthmus.convert import (
     extent_to_proto,
     finish_reason_from_proto,
     layout_to_proto,
-    on_disconnect_from_proto,
     request_from_proto,
 )
 from isthmus.errors import InvalidRequest, IsthmusError, NotYet, WorkersUnavailable
 from isthmus.log import get_logger
-from isthmus.types import FinishReason, OnDisconnect
-from isthmus.v1 import decode_pb2, decode_pb2_grpc
+from isthmus.types import FinishReason
+from isthmus.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 
 HELLO_TIMEOUT_S = 5.0
 log = get_logger("decode.server")
@@ -119,7 +118,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             session.send(messages.refused(request_id, error))
 
     def _reserve(self, reserve: decode_pb2.Reserve, session: RouterSession) -> decode_pb2.SessionResponse:
-        if on_disconnect_from_proto(reserve.on_disconnect) is OnDisconnect.RETAIN:
+        if reserve.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN:
             raise NotYet("on_disconnect: retain is not served yet")
         if reserve.request.emitted_token_ids:
             raise NotYet("emitted_token_ids is not served yet")

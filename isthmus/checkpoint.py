@@ -40,16 +40,16 @@ class Checkpoint:
     def open(cls, path: str | Path) -> "Checkpoint":
         """Checks everything that needs no tensor data; CannotStart names the file or field and how to mend it."""
         folder = resolve_model(path)
-        raw = _read_json(folder / "config.json")
-        config = parse_config(raw)
-        files = _weight_files(folder)
+        config = parse_config(_read_json(folder / "config.json"))
+        weight_map = _weight_map(folder / _INDEX_FILE)
+        files = _weight_files(folder, weight_map)
         return cls(
             path=folder,
             config=config,
             digest=_digest((folder / "config.json", *files)),
             eos_token_ids=_eos_token_ids(folder, config),
             weight_files=files,
-            tensors=_tensors(folder, files),
+            tensors=_tensors(files, weight_map),
         )
 
 
@@ -67,9 +67,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CannotStart("model", f"{file} is missing", "name a complete checkpoint directory") from error
     except (OSError, ValueError) as error:
-        raise CannotStart("model", f"{file} cannot be read: {error}", "fetch the checkpoint again") from error
+        raise _broken(f"{file} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise CannotStart("model", f"{file} holds no JSON object", "fetch the checkpoint again")
+        raise _broken(f"{file} holds no JSON object")
     return value
 
 
@@ -79,21 +79,14 @@ def _eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     return chosen or config.eos_token_ids
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    index = folder / _INDEX_FILE
-    if index.exists():
-        names = sorted(set(_weight_map(index).values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CannotStart(
-                "model", f"{index} names {outside[0]!r}, not a plain file name", "fetch the checkpoint again"
-            )
-        files = tuple(folder / name for name in names)
-    else:
-        files = tuple(sorted(folder.glob("*.safetensors")))
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise CannotStart("model", f"weight files are missing: {', '.join(missing)}", "fetch the checkpoint again")
+def _weight_files(folder: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
+    """Those the index names, or without one all there are."""
+    if outside := [name for name in weight_map.values() if Path(name).name != name]:
+        raise _broken(f"{folder / _INDEX_FILE} names {outside[0]!r}, not a plain file name")
+    named = sorted({folder / name for name in weight_map.values()})
+    if missing := [str(file) for file in named if not file.is_file()]:
+        raise _broken(f"weight files are missing: {', '.join(missing)}")
+    files = tuple(named or sorted(folder.glob("*.safetensors")))
     if not files:
         raise _no_weights(folder)
     return files
@@ -108,13 +101,16 @@ def _no_weights(folder: Path) -> CannotStart:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to file name; empty where there is no index."""
+    if not index.exists():
+        return {}
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CannotStart("model", f"{index} has no weight_map of names", "fetch the checkpoint again")
+    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise _broken(f"{index} has no weight_map of names")
     return weight_map
 
 
-def _tensors(folder: Path, files: tuple[Path, ...]) -> dict[str, TensorEntry]:
+def _tensors(files: tuple[Path, ...], weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:
     tensors: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in _read_header(file).items():
@@ -122,14 +118,9 @@ def _tensors(folder: Path, files: tuple[Path, ...]) -> dict[str, TensorEntry]:
                 problem = f"{name} is both in {tensors[name].file.name} and {file.name}"
                 raise CannotStart("model", problem, "keep one copy of the weights in the directory")
             tensors[name] = entry
-    index = folder / _INDEX_FILE
-    if index.exists():
-        absent = [
-            name for name, file in _weight_map(index).items() if name not in tensors or tensors[name].file.name != file
-        ]
-        if absent:
-            problem = f"{index} lists {len(absent)} tensors that their files do not hold, first {absent[0]}"
-            raise CannotStart("model", problem, "fetch the checkpoint again")
+    absent = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file]
+    if absent:
+        raise _broken(f"{_INDEX_FILE} lists {len(absent)} tensors that their files do not hold, first {absent[0]}")
     return tensors
 
 
@@ -157,6 +148,10 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
 
 def _damaged(file: Path, problem: str) -> CannotStart:
     return CannotStart("model", f"{file} is truncated or damaged: {problem}", "fetch the file again")
+
+
+def _broken(problem: str) -> CannotStart:
+    return CannotStart("model", problem, "fetch the checkpoint again")
 
 
 def _digest(files: tuple[Path, ...]) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     ValidationError,
@@ -29,16 +29,6 @@ EXIT_CANNOT_START = 2  # the status of a process that CannotStart ended
 ENV_PREFIX = "ISTHMUS_"
 _CONFIG_FILE = "config"  # --config, ISTHMUS_CONFIG
 _WILDCARD_HOSTS = ("", "0.0.0.0", "::")
-_SIZE_UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-
-
-def _to_bytes(value: object) -> object:
-    """`268435456`, `256MiB`, `1GiB`."""
-    text = str(value).strip().lower()
-    for unit, factor in _SIZE_UNITS.items():
-        if text.endswith(unit) and text.removesuffix(unit).strip().isdecimal():
-            return int(text.removesuffix(unit)) * factor
-    return value
 
 
 def _is_block_size(value: int) -> int:
@@ -50,7 +40,7 @@ def _is_block_size(value: int) -> int:
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 24)]
-Size = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1, le=1 << 50)]
+Size = Annotated[ByteSize, Field(ge=1, le=1 << 50)]
 BlockSize = Annotated[int, AfterValidator(_is_block_size)]
 
 
@@ -109,7 +99,7 @@ class WorkerConfig(ServiceConfig):
     device: Literal["cpu", "cuda", "auto"] = Field("auto", description="cpu, cuda or auto")
     block_size: BlockSize = Field(16, description="tokens in a cache block: 16, 32 or 64")
     num_blocks: Count | None = Field(None, description="blocks in the cache [as many as cache_bytes holds]")
-    cache_bytes: Size = Field(256 << 20, description="bytes of the cache; KiB, MiB, GiB are understood")
+    cache_bytes: Size = Field(ByteSize(256 << 20), description="bytes of the cache; KiB, MiB, GiB are understood")
     heartbeat_s: Seconds = Field(0.5, description="seconds between renewals of the lease")
     lease_s: Seconds = Field(3.0, description="seconds the lease in Redis lasts; more than twice heartbeat_s")
     fill_timeout_s: Seconds = Field(10.0, description="seconds for a request's blocks to arrive")
@@ -141,7 +131,7 @@ class RouterConfig(ServiceConfig):
     max_queue: Count = Field(256, description="requests that wait for a worker; more are refused")
     max_streams: Count = Field(512, description="requests in flight; more wait in the queue")
     queue_timeout_s: Seconds = Field(10.0, description="seconds a request waits for a worker")
-    max_prompt_bytes: Size = Field(1 << 20, description="bytes of a prompt's text; KiB, MiB are understood")
+    max_prompt_bytes: Size = Field(ByteSize(1 << 20), description="bytes of a prompt's text; KiB, MiB are understood")
     max_timeout_s: Seconds = Field(600.0, description="seconds; longer deadlines are cut to it")
     default_timeout_s: Seconds = Field(
         600.0, validate_default=True, description="seconds, for calls without a deadline; at most max_timeout_s"

@@ -8,7 +8,6 @@ from isthmus.types import (
     BlockCounts,
     Extent,
     FinishReason,
-    OnDisconnect,
     Request,
     SamplingParams,
     Token,
@@ -26,10 +25,6 @@ def finish_reason_to_proto(reason: FinishReason) -> types_pb2.FinishReason:
 def finish_reason_from_proto(value: int) -> FinishReason | None:
     """None for UNSPECIFIED: the sequence goes on."""
     return next((reason for reason, number in _FINISH_REASONS.items() if number == value), None)
-
-
-def on_disconnect_from_proto(value: int) -> OnDisconnect:
-    return OnDisconnect.RETAIN if value == types_pb2.ON_DISCONNECT_RETAIN else OnDisconnect.ABORT
 
 
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
@@ -67,3 +67,8 @@ class _StatusCollector(Collector):
         for state in ("total", "free", "cached", "referenced", "draining"):
             blocks.add_metric([state], getattr(status.blocks, state))
         yield blocks
+        events = CounterMetricFamily("isthmus_events", "Refusals, alarms and the like, by name", labels=["event"])
+        for name, count in status.counters.items():
+            if not name.startswith("isthmus_"):
+                events.add_metric([name], count)
+        yield events

@@ -222,7 +222,7 @@ def _experts(family: Family, fields: "_Fields") -> Experts | None:
     )
     per_group, rest = divmod(experts.num_experts, experts.num_groups)
     if rest or (experts.router is Router.SIGMOID_BIAS and per_group < 2):
-        allowed = f"divisors of n_routed_experts ({experts.num_experts}); of half of it in DeepSeek-V3 and its kin"
+        allowed = f"divisors of n_routed_experts ({experts.num_experts}), in V3 with two experts a group or more"
         raise _refused("n_group", experts.num_groups, (allowed,))
     if experts.num_groups_chosen > experts.num_groups:
         raise _refused("topk_group", experts.num_groups_chosen, (f"1 to n_group ({experts.num_groups})",))

@@ -12,11 +12,6 @@ class FinishReason(Enum):
     ERROR = "error"
 
 
-class OnDisconnect(Enum):
-    ABORT = "abort"
-    RETAIN = "retain"
-
-
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen; ranges are checked once, at the router (`router/validate.py`)."""

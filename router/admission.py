@@ -19,16 +19,12 @@ class Line:
     """`permits` may pass at a time, the rest wait in order. Who leaves the line early takes no permit along."""
 
     def __init__(self, permits: int):
-        self._free = permits
+        self.num_free = permits
         self._waiting: list[tuple[Order, asyncio.Future[None]]] = []  # a heap; orders are unique
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
-
-    @property
-    def num_free(self) -> int:
-        return self._free
 
     @asynccontextmanager
     async def turn(self, order: Order, timeout_s: float) -> AsyncIterator[None]:
@@ -40,8 +36,8 @@ class Line:
             self._release()
 
     async def _acquire(self, order: Order, timeout_s: float) -> None:
-        if self._free and not self._waiting:
-            self._free -= 1
+        if self.num_free and not self._waiting:
+            self.num_free -= 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (order, turn))
@@ -65,7 +61,7 @@ class Line:
             if not turn.done():
                 turn.set_result(None)
                 return
-        self._free += 1
+        self.num_free += 1
 
 
 class Admission:

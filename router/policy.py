@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import TypeVar
 
 NO_NEW_WORK_S = 1.0  # without progress for this long: gets nothing new
 LOST_S = 3.0  # without progress for this long: its requests go elsewhere
@@ -78,19 +77,18 @@ def rank_decode(views: Sequence[DecodeView], num_tokens: int, *, avoid: Abstract
 
 
 def choose_prefill(views: Sequence[PrefillView], *, avoid: AbstractSet[str] = frozenset()) -> str | None:
-    """The worker through first, a remembered prefix counted as work saved; None: all have enough ahead."""
-    candidates = _others_first([view for view in views if view.num_tokens_ahead < MAX_TOKENS_AHEAD], avoid)
+    """The worker through first, a remembered prefix counted as work saved; None: all have enough ahead.
+
+    One to avoid is taken when there is no other.
+    """
     best = min(
-        candidates,
-        key=lambda view: (view.num_tokens_ahead - view.num_prefix_tokens, view.num_queued, view.incarnation),
+        (view for view in views if view.num_tokens_ahead < MAX_TOKENS_AHEAD),
+        key=lambda view: (
+            view.incarnation in avoid,
+            view.num_tokens_ahead - view.num_prefix_tokens,
+            view.num_queued,
+            view.incarnation,
+        ),
         default=None,
     )
     return best.incarnation if best else None
-
-
-ViewT = TypeVar("ViewT", DecodeView, PrefillView)
-
-
-def _others_first(views: list[ViewT], avoid: AbstractSet[str]) -> list[ViewT]:
-    """Views not in `avoid`, or all of them when nothing else is left."""
-    return [view for view in views if view.incarnation not in avoid] or views

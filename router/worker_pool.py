@@ -17,6 +17,11 @@ from router.workers import DecodeWorker, PrefillWorker, is_hung, numerics_class
 WATCH_INTERVAL_S = 0.25
 STORE_TIMEOUT_S = 1.0
 MAX_WORKERS = 4096
+# Fields of a worker's record that the status shows as they are.
+_SHOWN = (
+    *("name", "role", "incarnation", "pid", "grpc_address", "zmq_endpoint", "http_address"),
+    *("state", "numerics_digest", "seconds_since_progress"),
+)
 _log = get_logger("router.pool")
 
 
@@ -139,21 +144,11 @@ class WorkerPool:
 
 
 def _status(record: WorkerRecord, *, serving: bool) -> admin_pb2.WorkerStatus:
-    load = record.load
     return admin_pb2.WorkerStatus(
-        name=record.name,
-        role=record.role,
-        incarnation=record.incarnation,
-        grpc_address=record.grpc_address,
-        zmq_endpoint=record.zmq_endpoint or "",
-        http_address=record.http_address,
+        **{name: getattr(record, name) for name in _SHOWN},
         serving=serving,
-        state=record.state,
-        blocks=block_counts_to_proto(load.blocks),
-        num_streams=load.num_streams,
-        num_queued=load.num_queued,
-        pid=record.pid,
-        numerics_digest=record.numerics_digest,
+        blocks=block_counts_to_proto(record.load.blocks),
+        num_streams=record.load.num_streams,
+        num_queued=record.load.num_queued,
         layout_fingerprint=record.layout.fingerprint,
-        seconds_since_progress=record.seconds_since_progress,
     )

@@ -187,6 +187,7 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     """Goes on with a retained stream from `next_index`."""
 
     Cancel: _InferenceServiceCancelType
+    """Ends a request that this router serves; another router's answers found = false."""
 
     ListModels: _InferenceServiceListModelsType
 
@@ -245,7 +246,8 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         self,
         request: isthmus.v1.inference_pb2.CancelRequest,
         context: _ServicerContext,
-    ) -> typing.Union[isthmus.v1.inference_pb2.CancelResponse, collections.abc.Awaitable[isthmus.v1.inference_pb2.CancelResponse]]: ...
+    ) -> typing.Union[isthmus.v1.inference_pb2.CancelResponse, collections.abc.Awaitable[isthmus.v1.inference_pb2.CancelResponse]]:
+        """Ends a request that this router serves; another router's answers found = false."""
 
     @abc.abstractmethod
     def ListModels(

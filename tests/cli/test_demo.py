@@ -24,7 +24,7 @@ class Router(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:  # noqa: N802
         said = [message.content for message in request.chat.messages]
         self.chats.append(said)
-        if "owl" in said[-1]:
+        if "fox" in said[-1]:
             raise Overloaded("queue full")
         yield inference_pb2.GenerateResponse(
             tokens=inference_pb2.TokenChunk(tokens=[types_pb2.Token(id=9)], text=f"<{said[-1]}>")
@@ -68,7 +68,7 @@ async def test_second_turn_carries_the_first_and_every_request_has_a_row(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     servicer = Router()
-    monkeypatch.setattr(demo, "_ASKS", [ask for ask in demo._ASKS if "owl" not in ask.turns[0]])
+    monkeypatch.setattr(demo, "_ASKS", [ask for ask in demo._ASKS if "fox" not in ask.turns[0]])
     assert await run_demo(monkeypatch, servicer, pid=GONE, state=tmp_path / "gone") == 0
     out = capsys.readouterr().out
     assert [

@@ -164,3 +164,14 @@ def test_taken_router_port_is_named(tmp_path: Path):
         said = refused(tmp_path, "serve", "--router-port", str(taken.getsockname()[1]))
     assert said.startswith("isthmus up: cannot start: router_port: 127.0.0.1:")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_output_nobody_reads_ends_the_stack_without_a_word(tmp_path: Path):
+    process = start(tmp_path, "serve")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.wait(30) == 141
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import struct
+import urllib.request
 
 import zmq
 import zmq.asyncio
@@ -42,6 +43,11 @@ def send_raw_bytes(endpoint: str) -> None:
             raw.sendall(noise)
 
 
+def scrape(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as page:
+        return page.read().decode()
+
+
 async def test_garbage_is_refused_and_counted_and_streams_go_on(stack: Stack, client: Client) -> None:
     endpoint = stack.services("decode")[0]["zmq"]
     message = request("And it came to pass", max_tokens=200, temperature=0.9, seed=3, ignore_eos=True, logprobs=1)
@@ -54,5 +60,7 @@ async def test_garbage_is_refused_and_counted_and_streams_go_on(stack: Stack, cl
         disturbed = await task
         assert (disturbed.token_ids, disturbed.logprobs) == (alone.token_ids, alone.logprobs)
     assert await refused(stack) >= before + 250
+    shown = await asyncio.to_thread(scrape, stack.services("decode")[0]["http"])
+    assert 'isthmus_events_total{event="refused.' in shown
     again = await client.generate(request("Hello", max_tokens=5, ignore_eos=True))
     assert len(again.token_ids) == 5
