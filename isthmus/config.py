@@ -96,7 +96,7 @@ class WorkerConfig(ServiceConfig):
     """What both kinds of worker are told."""
 
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="of weights and cache: fp32 or bf16")
-    device: Literal["cpu", "cuda", "auto"] = Field("auto", description="cpu, cuda or auto")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu; cuda is refused until blocks can leave GPU memory")
     block_size: BlockSize = Field(16, description="tokens in a cache block: 16, 32 or 64")
     num_blocks: Count | None = Field(None, description="blocks in the cache [as many as cache_bytes holds]")
     cache_bytes: Size = Field(ByteSize(256 << 20), description="bytes of the cache; KiB, MiB, GiB are understood")

@@ -10,6 +10,8 @@ from isthmus.v1 import admin_pb2
 
 def open_engine(config: WorkerConfig) -> Engine:
     """Loads the checkpoint and runs the canary. Raises CannotStart naming the setting."""
+    if config.device == "cuda":  # the engine runs there; blocks in GPU memory cannot be sent or received yet
+        raise CannotStart("device", "blocks in GPU memory cannot be transferred yet", "set --device cpu")
     engine = Engine.open(
         Checkpoint.open(resolve_model(config.model)),
         dtype=config.dtype,

@@ -75,6 +75,7 @@ def test_a_damaged_checkpoint_is_named(stack: Stack, tmp_path: Path, damage: str
         (["--dtype", "fp8"], "dtype"),
         (["--grpc-port", "70000"], "grpc_port"),
         (["--num-blocks", "4"], "num-blocks"),
+        (["--device", "cuda"], "device"),
         (["--model", "/no/such/directory"], "/no/such/directory"),
         (["--no-such-flag"], "no-such-flag"),
     ],
