@@ -16,9 +16,6 @@ class RouterSession:
         self._queue: asyncio.Queue[decode_pb2.SessionResponse | None] = asyncio.Queue(MAX_QUEUED_MESSAGES + 1)
         self._is_open = True
 
-    def is_open(self) -> bool:
-        return self._is_open
-
     def send(self, message: decode_pb2.SessionResponse) -> None:
         if not self._is_open:
             return

@@ -4,11 +4,15 @@ import asyncio
 import contextlib
 import random
 
-import grpc.aio
 import redis.asyncio
 
 from isthmus.testing.stack import Client, Stack, request, status, until
 from tests.e2e.prompts import TEXT_PROMPTS
+
+
+# Tasks, threads, descriptors. A busy machine makes gRPC open another poller (threads and 7 descriptors, kept for good);
+# a leak per request or per cancel would be ten times as much.
+SLACK = (0, 3, 8)
 
 
 async def one(client: Client, rng: random.Random) -> str:
@@ -77,7 +81,7 @@ async def test_nothing_is_left_after_mixed_load_with_cancels(stack: Stack) -> No
         return all(
             now <= then + slack
             for name in before
-            for now, then, slack in zip(after[name], before[name], (0, 1, 1), strict=True)
+            for now, then, slack in zip(after[name], before[name], SLACK, strict=True)
         )
 
     await until(as_before, 20, f"tasks, threads and descriptors as before: {before}, now {await resources(stack)}")
@@ -97,4 +101,3 @@ async def test_a_dropped_call_frees_its_blocks_at_once(stack: Stack) -> None:
                 break
         call.cancel()
     await until(lambda: is_quiet(stack), 1.0, "blocks free 1 s after the client left")
-    assert isinstance(call, grpc.aio.UnaryStreamCall)

@@ -14,6 +14,7 @@ import pytest
 
 from isthmus.testing.stack import (
     Client,
+    Result,
     Stack,
     alive,
     close,
@@ -49,7 +50,8 @@ async def test_sigterm_under_load_ends_within_5_s() -> None:
                 await asyncio.sleep(0.02)
             outcomes = await asyncio.gather(*streams, return_exceptions=True)
         assert alive(stack.pids()) == []
-        assert all(outcome is not None for outcome in outcomes)
+        for outcome in outcomes:
+            assert isinstance(outcome, Result | grpc.aio.AioRpcError), "every stream finishes or ends with a status"
 
 
 async def test_sigkill_of_the_supervisor_leaves_no_child() -> None:
