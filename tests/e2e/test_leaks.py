@@ -9,7 +9,6 @@ import redis.asyncio
 from isthmus.testing.stack import Client, Stack, request, status, until
 from tests.e2e.prompts import TEXT_PROMPTS
 
-
 # Tasks, threads, descriptors. A busy machine makes gRPC open another poller (threads and 7 descriptors, kept for good);
 # a leak per request or per cancel would be ten times as much.
 SLACK = (0, 3, 8)
