@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,32 +26,39 @@ class TensorEntry:
     file: Path
     dtype: str  # safetensors' name: F32, BF16, …
     shape: tuple[int, ...]
+    num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
     path: Path
     config: ModelConfig
-    digest: str  # 32 hex digits over config.json and every weight file
     eos_token_ids: tuple[int, ...]
     weight_files: tuple[Path, ...]
     tensors: Mapping[str, TensorEntry]
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
-        """Checks everything that needs no tensor data; CannotStart names the file or field and how to mend it."""
+    def open(cls, path: str | Path, context_length: int | None = None) -> "Checkpoint":
+        """Checks everything that needs no tensor data; CannotStart names the file or field and how to mend it.
+
+        `context_length` None: as long as the model allows.
+        """
         folder = resolve_model(path)
-        config = parse_config(_read_json(folder / "config.json"))
+        config = parse_config(_read_json(folder / "config.json"), context_length)
         weight_map = _weight_map(folder / _INDEX_FILE)
         files = _weight_files(folder, weight_map)
         return cls(
             path=folder,
             config=config,
-            digest=_digest((folder / "config.json", *files)),
             eos_token_ids=_eos_token_ids(folder, config),
             weight_files=files,
             tensors=_tensors(files, weight_map),
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """32 hex digits over config.json and every byte of the weights: the first use reads them all."""
+        return _digest((self.path / "config.json", *self.weight_files))
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -136,7 +144,12 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             entries = {name: fields for name, fields in header.items() if name != "__metadata__"}
             end = max((int(fields["data_offsets"][1]) for fields in entries.values()), default=0)
             found = {
-                name: TensorEntry(file, str(fields["dtype"]), tuple(int(length) for length in fields["shape"]))
+                name: TensorEntry(
+                    file,
+                    str(fields["dtype"]),
+                    tuple(int(length) for length in fields["shape"]),
+                    int(fields["data_offsets"][1]) - int(fields["data_offsets"][0]),
+                )
                 for name, fields in entries.items()
             }
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

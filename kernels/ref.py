@@ -3,7 +3,8 @@
 Every product has one fixed shape per role: `group` rows at a time, or a batch of equal small products. A library picks
 its algorithm, and with it the order of summation, from the shape: in MKL [N, 1000] @ [1000, 700] gives other bits from
 N = 256 on, although N is a multiple of 16. Elementwise work uses only operations whose bits do not depend on where in a
-tensor an element lies (no sigmoid, silu, softplus); sums run along contiguous rows or in a written order.
+tensor an element lies (no sigmoid, silu, softplus); sums run along contiguous rows or in a written order. The factors
+of a batch of products lie at multiples of 16 bytes: elsewhere MKL's kernels for AMD processors give other bits.
 
 Shapes: N rows of a step, padded to its group; B rows that are real; D hidden size; H heads; K query/key elements of a
 head; C latent rank; R rotary elements; L = C + R; V value elements of a head; E experts; A experts per token; S cache
@@ -11,7 +12,7 @@ slots; P (row, tile) pairs; T tiles.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 TILE = 64  # positions a tile of keys covers, at absolute positions; block sizes divide it
 DECODE_GROUP = 16  # rows of one product in a decode step; prefill takes TILE rows
 EXPERT_GROUP = 16  # rows of one expert product
+MIN_PAIRS = 2  # of a decode step: a batch of one product may take another kernel
+FP8_BLOCK = 128  # rows and columns that share a scale in FP8 checkpoints
 
 
 def grouped_matmul(x_NK: Tensor, weight_KM: Tensor, *, group: int) -> Tensor:
@@ -29,6 +32,12 @@ def grouped_matmul(x_NK: Tensor, weight_KM: Tensor, *, group: int) -> Tensor:
     for rows, out in zip(x_NK.split(group), out_NM.split(group), strict=True):
         torch.mm(rows, weight_KM, out=out)
     return out_NM
+
+
+def dequantise(fp8_MK: Tensor, scales_MB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a block-FP8 matrix: every run of FP8_BLOCK elements of a row has its scale, the last run may be short."""
+    scales_MK = scales_MB.float().repeat_interleave(FP8_BLOCK, dim=-1).narrow(-1, 0, fp8_MK.shape[-1])
+    return scales_MK.mul_(fp8_MK.float()).to(dtype)
 
 
 def grouped_head_matmul(x_NHK: Tensor, weight_HKM: Tensor, *, group: int) -> Tensor:
@@ -63,8 +72,10 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 
 class RouterRule(NamedTuple):
-    """Constants of a mixture's choice; see `route_softmax` and `route_sigmoid_bias`."""
+    """Constants of a mixture's choice; see `route`."""
 
+    softmax: bool  # scores by softmax over all experts (DeepSeek-V2); False: a sigmoid each (DeepSeek-V3)
+    group_best: int  # a group scores as the sum of its best so many experts
     num_chosen: int
     num_groups: int
     num_groups_chosen: int
@@ -77,25 +88,18 @@ class Routing(NamedTuple):
     expert_ids_NA: Tensor  # int64, best first, ties to the lower id
 
 
-def route_softmax(logits_NE: Tensor, rule: RouterRule) -> Routing:
-    """DeepSeek-V2: the best experts by softmax score, of the groups with the best single experts. fp32 in and out."""
-    scores_NE = (logits_NE - logits_NE.amax(-1, keepdim=True)).exp_()
-    scores_NE /= scores_NE.sum(-1, keepdim=True)
+def route(logits_NE: Tensor, bias_E: Tensor | None, rule: RouterRule) -> Routing:
+    """The best experts of the best groups. A bias counts for the choice, not for the weights. fp32 in and out."""
+    if rule.softmax:
+        scores_NE = (logits_NE - logits_NE.amax(-1, keepdim=True)).exp_()
+        scores_NE /= scores_NE.sum(-1, keepdim=True)
+    else:
+        scores_NE = (-logits_NE).exp_().add_(1.0).reciprocal_()
+    choice_NE = scores_NE if bias_E is None else scores_NE + bias_E
     if rule.num_groups_chosen < rule.num_groups:
-        group_scores = scores_NE.view(-1, rule.num_groups, scores_NE.shape[1] // rule.num_groups).amax(-1)
-        scores_NE = _of_chosen_groups(scores_NE, group_scores, rule).clamp_(min=0.0)
-    ids_NA = _best(scores_NE, rule.num_chosen)
-    return Routing(scores_NE.gather(-1, ids_NA).mul_(rule.scale), ids_NA)
-
-
-def route_sigmoid_bias(logits_NE: Tensor, bias_E: Tensor, rule: RouterRule) -> Routing:
-    """DeepSeek-V3: sigmoid scores; the bias counts for the choice, not for the weights. fp32 in and out."""
-    scores_NE = (-logits_NE).exp_().add_(1.0).reciprocal_()
-    choice_NE = scores_NE + bias_E
-    if rule.num_groups_chosen < rule.num_groups:
-        # The two best values are the same whichever of equal experts gives them, so topk's order of ties is no matter.
-        best = choice_NE.view(-1, rule.num_groups, choice_NE.shape[1] // rule.num_groups).topk(2, dim=-1).values
-        choice_NE = _of_chosen_groups(choice_NE, best.sum(-1), rule)
+        # The best values are the same whichever of equal experts gives them, so topk's order of ties is no matter.
+        grouped = choice_NE.view(-1, rule.num_groups, choice_NE.shape[1] // rule.num_groups)
+        choice_NE = _of_chosen_groups(choice_NE, grouped.topk(rule.group_best, dim=-1).values.sum(-1), rule)
     ids_NA = _best(choice_NE, rule.num_chosen)
     weights_NA = scores_NE.gather(-1, ids_NA)
     if rule.normalise:
@@ -116,7 +120,13 @@ def _of_chosen_groups(scores_NE: Tensor, group_scores_NG: Tensor, rule: RouterRu
     return (grouped + penalty_NG.unsqueeze(-1)).view_as(scores_NE)
 
 
-def expert_mlps(x_ND: Tensor, routing: Routing, gate_up: Sequence[Tensor], down: Sequence[Tensor]) -> Tensor:
+class Matrices(Protocol):
+    """A sequence of matrices, or what makes them when they are asked for."""
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+def expert_mlps(x_ND: Tensor, routing: Routing, gate_up: Matrices, down: Matrices) -> Tensor:
     """Weighted sum of the experts of the first B rows, which `routing` holds, in its order. Returns [B, D] fp32.
 
     Rows are grouped by expert, EXPERT_GROUP rows a product; `gate_up[e]` is [D, 2 * width], `down[e]` [width, D].
@@ -173,7 +183,8 @@ def write_latents(cache_SL: Tensor, slots_B: Tensor, latent_BC: Tensor, k_pe_BR:
 class DecodePairs(NamedTuple):
     """The (row, tile) pairs of a decode step: tile 0 of every row, then tile 1 of the rows that have one, …
 
-    Rows stand in descending order of their number of tiles, so the rows that have a tile are a prefix.
+    Rows stand in descending order of their number of tiles, so the rows that have a tile are a prefix. A single pair
+    is there MIN_PAIRS times; only the first is read.
     """
 
     slots: Tensor  # [P * TILE] cache slot of each key; hidden keys name the cache's last slot, which holds zeros
@@ -188,6 +199,9 @@ def paged_mla_decode(q_BLH: Tensor, cache_SL: Tensor, pairs: DecodePairs, *, lat
 
     Each pair gives (max, sum, weighted latents); a row's partials are folded by tile, in order.
     """
+    num_heads = q_BLH.shape[2]
+    if num_heads % 4:  # keeps every pair's queries at a multiple of 16 bytes
+        q_BLH = torch.nn.functional.pad(q_BLH, (0, -num_heads % 4))
     tiles = cache_SL.index_select(0, pairs.slots).float().view(-1, TILE, cache_SL.shape[1])
     # Keys times queries, then transposed: the other way round is two to five times slower in MKL for few heads.
     scores = torch.bmm(tiles, q_BLH.index_select(0, pairs.row)).transpose(1, 2).contiguous()
@@ -198,6 +212,7 @@ def paged_mla_decode(q_BLH: Tensor, cache_SL: Tensor, pairs: DecodePairs, *, lat
     partial.narrow(-1, latent_rank, 1).copy_(weights.sum(-1, keepdim=True))
     if len(pairs.rows_with_tile) > 1:
         partial = _fold_by_tile(partial, peak_PH1, pairs)
+    partial = partial[: pairs.rows_with_tile[0], :num_heads]
     return partial.narrow(-1, 0, latent_rank) / partial.narrow(-1, latent_rank, 1)
 
 

@@ -17,10 +17,8 @@ from kernels.ref import TILE
 _PROMPT_TOKENS: Final = 3 * TILE
 _REPLAYED: Final = 8
 _DECODED: Final = 8
-# The run at batch 3 cuts prompts here, off every tile and block border.
-_CUT: Final = 101
-# Lengths of the sequences that keep the first one company at batch 3.
-_COMPANY: Final = (37, 2 * TILE + 5)
+# Lengths of the other sequences of batch 3; the shorter one stays within its first tile, a product of its own alone.
+_OTHERS: Final = (37, 2 * TILE + 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
     context = min(_PROMPT_TOKENS + _REPLAYED + _DECODED, config.context_length)
     if context < TILE:
         raise CannotStart("model", f"its context of {context} is shorter than a tile ({TILE})", "use another model")
-    lengths = (context - _REPLAYED - _DECODED, *_COMPANY)
+    lengths = (context - _REPLAYED - _DECODED, *_OTHERS)
     prompts = [_prompt(min(n, lengths[0]), config.vocab_size, salt=salt) for salt, n in enumerate(lengths)]
     blocks_each = runner.cache.layout.num_blocks(context)
     try:
@@ -54,9 +52,11 @@ def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
             _Sequence(prompt, scratch[index * blocks_each : (index + 1) * blocks_each])
             for index, prompt in enumerate(prompts)
         ]
-        alone = _outcome(runner, sequences[:1], cut=None)
-        # The first sequence stands last, so that its place in the batch differs as well.
-        together = _outcome(runner, sequences[::-1], cut=_CUT)
+        long, short, other = sequences
+        alone = _outcome(runner, [long], cut=None) + _outcome(runner, [short], cut=None)
+        # The one watched stands last, so that its place in the batch differs as well, and is cut off every border.
+        together = _outcome(runner, [other, short, long], cut=101)
+        together += _outcome(runner, [other, long, short], cut=21)
     finally:
         pool.release(scratch)
     if alone != together:
@@ -118,7 +118,7 @@ def _ingredients(runner: Runner) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "dtype": str(runner.model.dtype).removeprefix("torch."),
         "cache_dtype": ",".join(plane.dtype for plane in runner.cache.layout.planes),
-        "model": runner.model.digest,
+        "model": runner.cache.layout.model_digest,
     }
 
 

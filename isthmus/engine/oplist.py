@@ -23,8 +23,18 @@ def _because(why: Why, *names: str) -> dict[str, Why]:
 
 
 ALLOWED: Mapping[str, Why] = MappingProxyType(
-    _because(Why.NO_ARITHMETIC, "cat", "contiguous", "copy_", "detach", "detach_", "expand", "flatten", "full_like")
-    | _because(Why.NO_ARITHMETIC, "gather", "index_copy_", "index_select", "lift_fresh", "masked_fill_", "narrow")
+    _because(Why.NO_ARITHMETIC, "alias", "cat", "constant_pad_nd", "contiguous", "copy_", "detach", "detach_", "expand")
+    | _because(
+        Why.NO_ARITHMETIC,
+        "flatten",
+        "full_like",
+        "gather",
+        "index_copy_",
+        "index_select",
+        "lift_fresh",
+        "masked_fill_",
+        "narrow",
+    )
     | _because(Why.NO_ARITHMETIC, "new_empty", "new_full", "new_zeros", "permute", "reshape", "resolve_conj")
     | _because(Why.NO_ARITHMETIC, "resolve_neg", "roll", "scatter_", "select", "slice", "split", "split_with_sizes")
     | _because(Why.NO_ARITHMETIC, "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isthmus.model.linear import Fp8Linear, Linear
 from kernels import ref
 
 
@@ -17,16 +18,15 @@ class Attention:
     norm: Tensor  # [D]
     norm_eps: float
     latent_norm_eps: float
-    scale: float
     shape: ref.HeadShape
-    qkv_a: Tensor  # [D, query part + C + R]; the query part is its latent, or the whole query without q_lora
+    qkv_a: Linear | Fp8Linear  # D to query part + C + R; the query part is its latent, or the query without q_lora
     q_a_norm: Tensor | None
-    q_b: Tensor | None  # [q_lora, H * K]
+    q_b: Linear | Fp8Linear | None  # q_lora to H * K
     kv_a_norm: Tensor  # [C]
-    kv_b: Tensor  # [C, H * (nope + V)]
+    kv_b: Tensor  # [C, H * (nope + V)]; the next two are parts of it
     key_up: Tensor  # [H, nope, C]
     value_up: Tensor  # [H, C, V]
-    o: Tensor  # [H * V, D]
+    o: Linear | Fp8Linear  # H * V to D
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +37,44 @@ class Rows:
     group: int  # rows of one product: the step's role
     cos: Tensor  # [N, 1, R]
     signed_sin: Tensor  # [N, 1, R]
+    query_scale: Tensor  # [N, 1, 1] fp32
     slots: Tensor  # [num_rows] where each row's latent is stored
 
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    q_nope_NHK: Tensor  # model dtype
-    q_pe_NHR: Tensor  # fp32, rotated
+    q_nope_NHK: Tensor
+    q_pe_NHR: Tensor  # rotated
+    scale_N11: Tensor  # fp32, not yet applied
 
 
 def project_and_store(attention: Attention, x_ND: Tensor, rows: Rows, cache_SL: Tensor) -> Queries:
     """Queries of the step's rows; their latents are in the cache when it returns."""
     shape, group = attention.shape, rows.group
     x = ref.rms_norm(x_ND, attention.norm, eps=attention.norm_eps)
-    qkv = ref.grouped_matmul(x, attention.qkv_a, group=group)
+    qkv = attention.qkv_a.forward(x, group=group)
     latent_start = qkv.shape[1] - shape.latent - shape.rope
     q = qkv.narrow(1, 0, latent_start)
     if attention.q_b is not None and attention.q_a_norm is not None:
         q = ref.rms_norm(q, attention.q_a_norm, eps=attention.latent_norm_eps)
-        q = ref.grouped_matmul(q, attention.q_b, group=group)
+        q = attention.q_b.forward(q, group=group)
     q = q.view(-1, shape.num_heads, shape.nope + shape.rope)
     # The shared key rides along as one more head.
     k_pe = qkv.narrow(1, latent_start + shape.latent, shape.rope).unsqueeze(1)
-    pe = ref.rotate(torch.cat((q.narrow(2, shape.nope, shape.rope), k_pe), dim=1), rows.cos, rows.signed_sin)
+    pe = torch.cat((q.narrow(2, shape.nope, shape.rope), k_pe), dim=1)
+    pe = ref.rotate(pe, rows.cos, rows.signed_sin).to(x.dtype)
     latent = qkv.narrow(1, latent_start, shape.latent)
     latent = ref.rms_norm(latent, attention.kv_a_norm, eps=attention.latent_norm_eps)
     n = rows.num_rows
     ref.write_latents(cache_SL, rows.slots, latent.narrow(0, 0, n), pe.select(1, shape.num_heads).narrow(0, 0, n))
-    return Queries(q.narrow(2, 0, shape.nope), pe.narrow(1, 0, shape.num_heads))
+    return Queries(q.narrow(2, 0, shape.nope), pe.narrow(1, 0, shape.num_heads), rows.query_scale)
 
 
 def attend_prefill(attention: Attention, queries: Queries, cache_SL: Tensor, tiles: ref.PrefillTiles) -> Tensor:
     """[N, D] of the attention block."""
-    q = torch.cat((queries.q_nope_NHK.float(), queries.q_pe_NHR), dim=-1).mul_(attention.scale)
+    q = torch.cat((queries.q_nope_NHK, queries.q_pe_NHR), dim=-1).float() * queries.scale_N11
     out = ref.paged_mla_prefill(q, cache_SL, attention.kv_b, tiles, attention.shape)
-    return ref.grouped_matmul(out.flatten(1).to(attention.o.dtype), attention.o, group=ref.TILE)
+    return attention.o.forward(out.flatten(1).to(queries.q_pe_NHR.dtype), group=ref.TILE)
 
 
 def attend_decode(
@@ -79,8 +82,9 @@ def attend_decode(
 ) -> Tensor:
     """[N, D] of the attention block; `pairs` cover consecutive runs of real rows, padding rows attend to nothing."""
     shape, group = attention.shape, ref.DECODE_GROUP
-    absorbed_HNC = ref.grouped_head_matmul(queries.q_nope_NHK, attention.key_up, group=group).float()
-    q_NLH = torch.cat((absorbed_HNC.permute(1, 2, 0), queries.q_pe_NHR.transpose(1, 2)), dim=1).mul_(attention.scale)
+    absorbed_HNC = ref.grouped_head_matmul(queries.q_nope_NHK, attention.key_up, group=group)
+    q_NLH = torch.cat((absorbed_HNC.permute(1, 2, 0), queries.q_pe_NHR.transpose(1, 2)), dim=1)
+    q_NLH = q_NLH.float() * queries.scale_N11
     context_NHC = q_NLH.new_zeros(q_NLH.shape[0], shape.num_heads, shape.latent)
     first = 0
     for part in pairs:
@@ -90,4 +94,4 @@ def attend_decode(
         context_NHC.narrow(0, first, count).copy_(attended)
         first += count
     out_HNV = ref.grouped_head_matmul(context_NHC.to(attention.value_up.dtype), attention.value_up, group=group)
-    return ref.grouped_matmul(out_HNV.transpose(0, 1).flatten(1), attention.o, group=group)
+    return attention.o.forward(out_HNV.transpose(0, 1).flatten(1), group=group)

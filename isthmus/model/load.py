@@ -1,158 +1,152 @@
-"""Weights from safetensors into the layouts the forward wants: transposed, fused, rotary rows as halves."""
+"""Weights from safetensors straight into place: mapped files are copied once, in the layout the file has.
 
-from collections.abc import Callable
+Only rows move: gate and up become one matrix, experts one stack, and rotary rows stand as halves. Several threads copy,
+since a copy into fresh memory waits on page faults, not on the processor.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isthmus.checkpoint import Checkpoint
-from isthmus.errors import CannotStart
 from isthmus.model.attention import Attention
-from isthmus.model.mlp import DenseMlp, ExpertsMlp, Mlp
-from isthmus.model.model import Layer, Model
-from isthmus.model.rope import attention_scale, rope_table
-from isthmus.model.tensor_names import check_tensors
+from isthmus.model.mlp import DenseMlp, ExpertsMlp, Mlp, NormedMlp
+from isthmus.model.model import Layer, Model, Residual
+from isthmus.model.rope import position_tables
+from isthmus.model.weights import Part, Progress, Weights
 from isthmus.model_config import Experts, ModelConfig
+from isthmus.tensor_names import check_tensors
 from kernels import ref
 
 # transformers builds q_a_layernorm and kv_a_layernorm with RMSNorm's default, whatever rms_norm_eps says.
 _LATENT_NORM_EPS = 1e-6
+_MAX_THREADS = 4
 
-Read = Callable[[str], Tensor]
 
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress = lambda *_: None
+) -> Model:
+    """Checks names, shapes and dtypes of all tensors first; draft (MTP) layers are recognised and left in the file.
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Model:
-    """Checks names, shapes and dtypes of all tensors first; draft (MTP) layers are recognised and left in the file."""
+    Block-FP8 matrices stay FP8 on a GPU and are dequantised on a CPU. Raises CannotStart.
+    """
     names = check_tensors(checkpoint)
     config = checkpoint.config
-    with _Weights(checkpoint, device) as weights:
-
-        def read(name: str) -> Tensor:
-            return weights.read(name).to(dtype)
-
-        embedding = read("model.embed_tokens.weight")
-        head = embedding if config.tie_word_embeddings else read("lm_head.weight")
-        table = rope_table(config)
+    with Weights(checkpoint, dtype, device, progress, keeps_fp8=device.type == "cuda") as weights:
+        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+            layers = tuple(threads.map(lambda layer: _layer(config, layer, weights), range(config.num_layers)))
+        embedding = weights.tensor("model.embed_tokens.weight")
+        head = embedding if config.tie_word_embeddings else weights.tensor("lm_head.weight")
+        tables = position_tables(config, dtype)
         return Model(
             config=config,
-            digest=checkpoint.digest,
             dtype=dtype,
             device=device,
             embedding=embedding,
-            layers=tuple(_layer(config, layer, read, weights.read) for layer in range(config.num_layers)),
-            norm=read("model.norm.weight"),
-            head=_transposed(head),
-            cos=table.cos.to(device),
-            signed_sin=table.signed_sin.to(device),
+            layers=layers,
+            norm=weights.tensor("model.norm.weight"),
+            head=head.t(),
+            tables=type(tables)(*(table.to(device) for table in tables)),
+            residual=_residual(config.residual_scale),
             draft_tensors=names.draft,
         )
 
 
-class _Weights:
-    """Open, memory-mapped weight files; `read` copies a tensor to the device in the file's dtype."""
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self._checkpoint = checkpoint
-        self._device = device
-        self._files: dict[str, safe_open] = {}
-
-    def __enter__(self) -> "_Weights":
-        for file in self._checkpoint.weight_files:
-            try:
-                self._files[file.name] = safe_open(file, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise CannotStart("model", f"{file} cannot be read: {error}", "fetch the file again") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.clear()
-
-    def read(self, name: str) -> Tensor:
-        return self._files[self._checkpoint.tensors[name].file.name].get_tensor(name).to(self._device)
+def _residual(scale: float) -> Residual:
+    return torch.add if scale == 1.0 else partial(_add_scaled, scale)
 
 
-def _layer(config: ModelConfig, layer: int, read: Read, read_as_stored: Read) -> Layer:
+def _add_scaled(scale: float, x: Tensor, block: Tensor) -> Tensor:
+    """Two operations: one that multiplies and adds may round otherwise at the end of a tensor."""
+    return x + block * scale
+
+
+def _layer(config: ModelConfig, layer: int, weights: Weights) -> Layer:
     prefix = f"model.layers.{layer}."
-
-    def read_layer(name: str) -> Tensor:
-        return read(prefix + name)
-
-    experts = config.experts if layer >= config.num_dense_layers else None
-    mlp: Mlp
-    if experts is None:
-        mlp = _dense_mlp(read_layer, "mlp.")
-    else:
-        mlp = _experts_mlp(experts, read_layer, lambda name: read_as_stored(prefix + name))
+    experts = config.experts if config.sparse_layers[layer] else None
     return Layer(
-        attention=_attention(config, read_layer),
-        mlp_norm=read_layer("post_attention_layernorm.weight"),
+        attention=_attention(config, weights, prefix),
+        mlp_norm=weights.tensor(f"{prefix}post_attention_layernorm.weight"),
         mlp_norm_eps=config.rms_norm_eps,
-        mlp=mlp,
+        mlp=_dense_mlp(weights, f"{prefix}mlp.") if experts is None else _mixture(config, experts, weights, prefix),
     )
 
 
-def _attention(config: ModelConfig, read: Read) -> Attention:
+def _attention(config: ModelConfig, weights: Weights, layer: str) -> Attention:
+    prefix = f"{layer}self_attn."
     H, nope, rope = config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
-    interleave = config.rope.interleave
-    q_name = "self_attn.q_proj.weight" if config.q_lora_rank is None else "self_attn.q_b_proj.weight"
-    q_heads = read(q_name).unflatten(0, (H, nope + rope))
-    q = torch.cat((q_heads[:, :nope], _as_halves(q_heads[:, nope:], interleave=interleave)), dim=1).flatten(0, 1)
-    kv_a = read("self_attn.kv_a_proj_with_mqa.weight")
-    latent, k_pe = kv_a.split((config.kv_lora_rank, rope))
-    q_a = q if config.q_lora_rank is None else read("self_attn.q_a_proj.weight")
-    kv_b = read("self_attn.kv_b_proj.weight")
+    has_q_lora = config.q_lora_rank is not None
+    q_order = _rotary_order(config, num_heads=H, before=nope)
+    q_a = Part(f"{prefix}q_a_proj") if has_q_lora else Part(f"{prefix}q_proj", q_order)
+    kv_a = Part(f"{prefix}kv_a_proj_with_mqa", _rotary_order(config, num_heads=1, before=config.kv_lora_rank))
+    kv_b = weights.plain(f"{prefix}kv_b_proj")
     kv_heads = kv_b.unflatten(0, (H, nope + config.v_head_dim))
     return Attention(
-        norm=read("input_layernorm.weight"),
+        norm=weights.tensor(f"{layer}input_layernorm.weight"),
         norm_eps=config.rms_norm_eps,
         latent_norm_eps=_LATENT_NORM_EPS,
-        scale=attention_scale(config),
         shape=ref.HeadShape(H, nope, rope, config.v_head_dim, config.kv_lora_rank),
-        qkv_a=_transposed(torch.cat((q_a, latent, _as_halves(k_pe, interleave=interleave)))),
-        q_a_norm=None if config.q_lora_rank is None else read("self_attn.q_a_layernorm.weight"),
-        q_b=None if config.q_lora_rank is None else _transposed(q),
-        kv_a_norm=read("self_attn.kv_a_layernorm.weight"),
-        kv_b=_transposed(kv_b),
-        key_up=kv_heads[:, :nope].contiguous(),
-        value_up=kv_heads[:, nope:].transpose(1, 2).contiguous(),
-        o=_transposed(read("self_attn.o_proj.weight")),
+        qkv_a=weights.linear(q_a, kv_a),
+        q_a_norm=weights.tensor(f"{prefix}q_a_layernorm.weight") if has_q_lora else None,
+        q_b=weights.linear(Part(f"{prefix}q_b_proj", q_order)) if has_q_lora else None,
+        kv_a_norm=weights.tensor(f"{prefix}kv_a_layernorm.weight"),
+        kv_b=kv_b.t(),
+        key_up=kv_heads[:, :nope],
+        value_up=kv_heads[:, nope:].transpose(1, 2),
+        o=weights.linear(Part(f"{prefix}o_proj")),
     )
 
 
-def _as_halves(rows: Tensor, *, interleave: bool) -> Tensor:
-    """Rotary output rows with all first elements of the pairs before all second ones: one rotation serves both layouts.
+def _rotary_order(config: ModelConfig, *, num_heads: int, before: int) -> Tensor | None:
+    """Where each stored row goes, so that the rotary rows of a head have all first elements of the pairs first.
 
-    The permutation is the same for queries and keys, so their products keep their value.
+    One rotation then serves both layouts: the permutation is the same for queries and keys, whose products keep their
+    value.
     """
-    return torch.cat((rows[..., 0::2, :], rows[..., 1::2, :]), dim=-2) if interleave else rows
+    if not config.rope.interleave:
+        return None
+    rope = torch.arange(config.qk_rope_head_dim)
+    places = torch.cat((torch.arange(before), before + rope // 2 + rope % 2 * (len(rope) // 2)))
+    return (torch.arange(num_heads)[:, None] * len(places) + places).flatten()
 
 
-def _dense_mlp(read: Read, prefix: str) -> DenseMlp:
-    gate_up = torch.cat((read(f"{prefix}gate_proj.weight"), read(f"{prefix}up_proj.weight")))
-    return DenseMlp(_transposed(gate_up), _transposed(read(f"{prefix}down_proj.weight")))
+def _dense_mlp(weights: Weights, prefix: str) -> DenseMlp:
+    gate_up = weights.linear(Part(f"{prefix}gate_proj"), Part(f"{prefix}up_proj"))
+    return DenseMlp(gate_up, weights.linear(Part(f"{prefix}down_proj")))
 
 
-def _experts_mlp(experts: Experts, read: Read, read_as_stored: Read) -> ExpertsMlp:
-    each = [_dense_mlp(read, f"mlp.experts.{expert}.") for expert in range(experts.num_experts)]
-    has_bias = experts.router.has_bias
-    return ExpertsMlp(
-        router=_transposed(read("mlp.gate.weight").float()),
-        bias=read_as_stored("mlp.gate.e_score_correction_bias").float() if has_bias else None,
-        kind=experts.router,
+def _mixture(config: ModelConfig, experts: Experts, weights: Weights, layer: str) -> Mlp:
+    routing, prefix = experts.routing, f"{layer}mlp."
+    bias = f"{prefix}gate.e_score_correction_bias"
+    gate_up, down = _stacks(experts, weights, f"{prefix}experts.")
+    mlp = ExpertsMlp(
+        router=weights.tensor(f"{prefix}gate.weight", torch.float32 if routing.in_fp32 else None).t(),
+        bias=weights.tensor(bias, torch.float32) if bias in weights.entries else None,
         rule=ref.RouterRule(
+            softmax=routing.softmax,
+            group_best=routing.group_best,
             num_chosen=experts.num_per_token,
             num_groups=experts.num_groups,
             num_groups_chosen=experts.num_groups_chosen,
             normalise=experts.normalise,
             scale=experts.scale,
         ),
-        gate_up=tuple(mlp.gate_up for mlp in each),
-        down=tuple(mlp.down for mlp in each),
-        shared=_dense_mlp(read, "mlp.shared_experts.") if experts.num_shared else None,
+        gate_up=gate_up,
+        down=down,
+        shared=_dense_mlp(weights, f"{prefix}shared_experts.") if experts.num_shared else None,
     )
+    if not experts.norm_output:
+        return mlp
+    return NormedMlp(mlp, weights.tensor(f"{layer}post_mlp_layernorm.weight"), config.rms_norm_eps)
 
 
-def _transposed(weight: Tensor) -> Tensor:
-    """[out, in] as stored to [in, out]: the layout that is fastest for few rows."""
-    return weight.t().contiguous()
+def _stacks(experts: Experts, weights: Weights, prefix: str) -> tuple[ref.Matrices, ref.Matrices]:
+    """Gate and up joined, and down; the published files hold a tensor per expert, transformers may write them fused."""
+    if f"{prefix}gate_up_proj" in weights.entries:
+        return weights.fused_stack(f"{prefix}gate_up_proj"), weights.fused_stack(f"{prefix}down_proj")
+    names = [f"{prefix}{expert}." for expert in range(experts.num_experts)]
+    gate_up = weights.stack([[Part(f"{name}gate_proj"), Part(f"{name}up_proj")] for name in names])
+    return gate_up, weights.stack([[Part(f"{name}down_proj")] for name in names])

@@ -5,29 +5,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.model_config import Router
+from isthmus.model.linear import Fp8Linear, Linear
 from kernels import ref
 
 
 @dataclass(frozen=True, slots=True)
 class DenseMlp:
-    gate_up: Tensor  # [D, 2 * width], gate first
-    down: Tensor  # [width, D]
+    gate_up: Linear | Fp8Linear  # D to 2 * width, gate first
+    down: Linear | Fp8Linear
 
     def forward(self, x_ND: Tensor, num_rows: int, *, group: int) -> Tensor:
         """[N, D] for all rows; `num_rows` (those that are no padding) is for blocks whose cost depends on it."""
-        hidden = ref.swiglu(ref.grouped_matmul(x_ND, self.gate_up, group=group))
-        return ref.grouped_matmul(hidden, self.down, group=group)
+        return self.down.forward(ref.swiglu(self.gate_up.forward(x_ND, group=group)), group=group)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsMlp:
-    router: Tensor  # [D, E] fp32
-    bias: Tensor | None  # [E] fp32; None where the family has none
-    kind: Router
+    router: Tensor  # [D, E] in the dtype its product is computed in
+    bias: Tensor | None  # [E] fp32; None where the checkpoint has none
     rule: ref.RouterRule
-    gate_up: tuple[Tensor, ...]  # per expert, as in DenseMlp
-    down: tuple[Tensor, ...]
+    gate_up: ref.Matrices  # per expert [D, 2 * width], gate first
+    down: ref.Matrices
     shared: DenseMlp | None
 
     def forward(self, x_ND: Tensor, num_rows: int, *, group: int) -> Tensor:
@@ -40,12 +38,21 @@ class ExpertsMlp:
         return out
 
     def route(self, x_ND: Tensor, *, group: int) -> ref.Routing:
-        """Always in fp32: a rounding step here picks another expert."""
-        logits = ref.grouped_matmul(x_ND.float(), self.router, group=group)
-        if self.kind is Router.SOFTMAX:
-            return ref.route_softmax(logits, self.rule)
-        assert self.bias is not None, "a sigmoid router is loaded with its bias"
-        return ref.route_sigmoid_bias(logits, self.bias, self.rule)
+        """The scores are fp32 in any case: a rounding step here picks another expert."""
+        logits = ref.grouped_matmul(x_ND.to(self.router.dtype), self.router, group=group)
+        return ref.route(logits.float(), self.bias, self.rule)
 
 
-Mlp = DenseMlp | ExpertsMlp
+@dataclass(frozen=True, slots=True)
+class NormedMlp:
+    """A.X-K1: a norm on the output of the mixture."""
+
+    experts: ExpertsMlp
+    norm: Tensor  # [D]
+    eps: float
+
+    def forward(self, x_ND: Tensor, num_rows: int, *, group: int) -> Tensor:
+        return ref.rms_norm(self.experts.forward(x_ND, num_rows, group=group), self.norm, eps=self.eps)
+
+
+Mlp = DenseMlp | ExpertsMlp | NormedMlp

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from isthmus.model.attention import Attention, Rows, attend_decode, attend_prefill, project_and_store
 from isthmus.model.mlp import Mlp
+from isthmus.model.rope import PositionTables
 from isthmus.model.step import DecodeStep, PrefillStep, StepRows
 from isthmus.model_config import ModelConfig
 from kernels import ref
@@ -21,18 +22,20 @@ class Layer:
     mlp: Mlp
 
 
+Residual = Callable[[Tensor, Tensor], Tensor]  # the stream and what a block adds to it
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     config: ModelConfig
-    digest: str
     dtype: torch.dtype
     device: torch.device
     embedding: Tensor  # [vocab, D]
     layers: tuple[Layer, ...]
     norm: Tensor
     head: Tensor  # [D, vocab]
-    cos: Tensor  # [context_length, R] fp32
-    signed_sin: Tensor
+    tables: PositionTables
+    residual: Residual
     draft_tensors: tuple[str, ...]  # names of MTP tensors the checkpoint carries
 
     def forward(
@@ -43,24 +46,25 @@ class Model:
         `on_layer(l)` is called once layer l's latents are stored; what it raises ends the step.
         """
         rows = self._rows(step.rows)
-        x = self.embedding.index_select(0, step.rows.token_ids)
+        x = self.embedding.index_select(0, step.rows.token_ids) * self.config.embedding_scale
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             queries = project_and_store(layer.attention, x, rows, cache)
             on_layer(index)
             if isinstance(step, PrefillStep):
-                x = x + attend_prefill(layer.attention, queries, cache, step.tiles)
+                x = self.residual(x, attend_prefill(layer.attention, queries, cache, step.tiles))
             else:
-                x = x + attend_decode(layer.attention, queries, cache, step.pairs)
+                x = self.residual(x, attend_decode(layer.attention, queries, cache, step.pairs))
             normed = ref.rms_norm(x, layer.mlp_norm, eps=layer.mlp_norm_eps)
-            x = x + layer.mlp.forward(normed, rows.num_rows, group=rows.group)
+            x = self.residual(x, layer.mlp.forward(normed, rows.num_rows, group=rows.group))
         return self._logits(x, step.rows)
 
     def _rows(self, rows: StepRows) -> Rows:
         return Rows(
             num_rows=rows.num_rows,
             group=rows.group,
-            cos=self.cos.index_select(0, rows.positions).unsqueeze(1),
-            signed_sin=self.signed_sin.index_select(0, rows.positions).unsqueeze(1),
+            cos=self.tables.cos.index_select(0, rows.positions).unsqueeze(1),
+            signed_sin=self.tables.signed_sin.index_select(0, rows.positions).unsqueeze(1),
+            query_scale=self.tables.query_scale.index_select(0, rows.positions).view(-1, 1, 1),
             slots=rows.slots,
         )
 
@@ -69,4 +73,5 @@ class Model:
         if rows.num_logits == 0:
             return x_ND.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         wanted = ref.rms_norm(x_ND.index_select(0, rows.logit_rows), self.norm, eps=self.config.rms_norm_eps)
+        wanted = wanted / self.config.logit_divisor
         return ref.grouped_matmul(wanted, self.head, group=ref.DECODE_GROUP)[: rows.num_logits].float()

@@ -1,4 +1,4 @@
-"""Rotary tables with YaRN (transformers' `_compute_yarn_parameters`), and the attention scale that goes with them."""
+"""What depends on a position alone: rotary angles (transformers' `ROPE_INIT_FUNCTIONS`) and the scale of queries."""
 
 import math
 from typing import NamedTuple
@@ -6,64 +6,82 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from isthmus.model_config import ModelConfig, Yarn
+from isthmus.model_config import ModelConfig
+from isthmus.rope_config import Rope
 
 
-class RopeTable(NamedTuple):
-    """One row per position; layouts as `kernels.ref.rotate` takes them."""
+class PositionTables(NamedTuple):
+    """One row per position; cos and sin as `kernels.ref.rotate` takes them."""
 
-    cos: Tensor  # [context_length, R] fp32
-    signed_sin: Tensor  # [context_length, R] fp32
+    cos: Tensor  # [context_length, R] in the dtype the rotation is computed in
+    signed_sin: Tensor  # [context_length, R]
+    query_scale: Tensor  # [context_length] fp32: 1 / sqrt(query elements) with every correction
 
 
-def rope_table(config: ModelConfig) -> RopeTable:
-    dim, yarn = config.qk_rope_head_dim, config.rope.yarn
-    position_frequencies = config.rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    inverse = 1.0 / position_frequencies
-    magnitude = 1.0
-    if yarn is not None:
-        inverse = _yarn_frequencies(position_frequencies, yarn, theta=config.rope.theta)
-        magnitude = _magnitude(yarn)
-    angles = torch.arange(config.context_length, dtype=torch.float32)[:, None] * inverse
+def position_tables(config: ModelConfig, dtype: torch.dtype) -> PositionTables:
+    rope, dim = config.rope, config.qk_rope_head_dim
+    positions = torch.arange(config.context_length, dtype=torch.float32)
+    angles = positions[:, None] * _frequencies(rope, dim)
+    magnitude = _magnitude(rope)
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
-    return RopeTable(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+    rotation_dtype = torch.float32 if config.rotates_in_fp32 else dtype
+    return PositionTables(
+        torch.cat((cos, cos), dim=-1).to(rotation_dtype),
+        torch.cat((-sin, sin), dim=-1).to(rotation_dtype),
+        _query_scale(config, positions),
+    )
 
 
-def attention_scale(config: ModelConfig) -> float:
-    """1 / sqrt(query elements), times YaRN's mscale_all_dim correction squared."""
+def _query_scale(config: ModelConfig, positions: Tensor) -> Tensor:
+    rope = config.rope
     scale = config.qk_head_dim**-0.5
-    yarn = config.rope.yarn
-    if yarn is not None and yarn.mscale_all_dim is not None:
-        scale *= _mscale(yarn.factor, yarn.mscale_all_dim) ** 2
-    return scale
+    if rope.mscale_all_dim:
+        scale *= _mscale(rope.factor, rope.mscale_all_dim) ** 2
+    periods = (positions / rope.original_max_position_embeddings).floor()
+    return scale * (1.0 + rope.llama_4_scaling_beta * (1.0 + periods).log())
 
 
 def _mscale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _magnitude(yarn: Yarn) -> float:
+def _magnitude(rope: Rope) -> float:
     """What cos and sin are multiplied by."""
-    if yarn.attention_factor is not None:
-        return yarn.attention_factor
-    if yarn.mscale is not None and yarn.mscale_all_dim is not None:
-        return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
-    return _mscale(yarn.factor, 1.0)
+    if rope.kind not in ("yarn", "longrope"):
+        return 1.0
+    if rope.attention_factor:
+        return rope.attention_factor
+    if rope.kind == "longrope":
+        longer = math.log(rope.factor) / math.log(rope.original_max_position_embeddings)
+        return 1.0 if rope.factor <= 1 else math.sqrt(1 + longer)
+    if rope.mscale and rope.mscale_all_dim:
+        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return _mscale(rope.factor, 1.0)
 
 
-def _yarn_frequencies(position_frequencies: Tensor, yarn: Yarn, *, theta: float) -> Tensor:
+def _frequencies(rope: Rope, dim: int) -> Tensor:
+    """[dim / 2] fp32."""
+    wavelengths = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.short_factor) * wavelengths)
+    if rope.kind == "yarn":
+        return _yarn_frequencies(wavelengths, rope)
+    return 1.0 / wavelengths / (rope.factor if rope.kind == "linear" else 1.0)
+
+
+def _yarn_frequencies(wavelengths: Tensor, rope: Rope) -> Tensor:
     """Between extrapolation (fast dimensions) and interpolation (slow ones), along a linear ramp."""
-    dim = 2 * position_frequencies.shape[0]
+    dim = 2 * wavelengths.shape[0]
 
     def dimension_turning(rotations: float) -> float:
-        turns = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return dim * math.log(turns) / (2 * math.log(theta))
+        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(rope.theta))
 
-    low, high = dimension_turning(yarn.beta_fast), dimension_turning(yarn.beta_slow)
-    if yarn.truncate:
+    low, high = dimension_turning(rope.beta_fast), dimension_turning(rope.beta_slow)
+    if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     extrapolated = 1 - ramp
-    return 1.0 / (yarn.factor * position_frequencies) * (1 - extrapolated) + 1.0 / position_frequencies * extrapolated
+    return 1.0 / (rope.factor * wavelengths) * (1 - extrapolated) + 1.0 / wavelengths * extrapolated

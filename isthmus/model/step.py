@@ -174,10 +174,12 @@ def _decode_pairs(
     slots = np.where(hidden, cache.zero_slot, cache.slots(tables, positions)).reshape(-1, most, TILE).swapaxes(0, 1)
     exists = np.arange(most)[:, None] < num_tiles  # [T, B]
     of_row = np.where(exists, (exists.cumsum() - 1).reshape(exists.shape), exists.sum())
+    copies = max(1, ref.MIN_PAIRS // int(exists.sum()))
+    hidden_pairs = hidden.reshape(-1, most, TILE).swapaxes(0, 1)[exists][:, None]
     pairs = ref.DecodePairs(
-        slots=torch.from_numpy(slots[exists].reshape(-1)).to(device),
-        hidden=torch.from_numpy(hidden.reshape(-1, most, TILE).swapaxes(0, 1)[exists][:, None]).to(device),
-        row=torch.from_numpy(np.nonzero(exists)[1]).to(device),
+        slots=torch.from_numpy(np.tile(slots[exists], (copies, 1)).reshape(-1)).to(device),
+        hidden=torch.from_numpy(np.tile(hidden_pairs, (copies, 1, 1))).to(device),
+        row=torch.from_numpy(np.tile(np.nonzero(exists)[1], copies)).to(device),
         of_row=torch.from_numpy(of_row.reshape(-1)).to(device),
         rows_with_tile=tuple(exists.sum(axis=1).tolist()),
     )

@@ -1,0 +1,45 @@
+"""Matrices of a checkpoint as products take them: [in, out] views of what is stored as [out, in]."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import ref
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    weight: Tensor  # [in, out]
+    bias: Tensor | None = None  # [out]
+
+    def forward(self, x_NK: Tensor, *, group: int) -> Tensor:
+        """x @ weight + bias, `group` rows a product; N is a multiple of it."""
+        out = ref.grouped_matmul(x_NK, self.weight, group=group)
+        return out if self.bias is None else out + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Linear:
+    """Kept in block-FP8, dequantised for each use: half the memory of bf16."""
+
+    weight: Tensor  # [out, in] e4m3
+    scales: Tensor  # [out, blocks of in] fp32: a row for each row, so that rows may be reordered and joined
+    dtype: torch.dtype
+    bias: Tensor | None = None
+
+    def forward(self, x_NK: Tensor, *, group: int) -> Tensor:
+        weight = ref.dequantise(self.weight, self.scales, self.dtype)
+        return Linear(weight.t(), self.bias).forward(x_NK, group=group)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Experts:
+    """The experts' matrices, as `ref.expert_mlps` takes them."""
+
+    weight: Tensor  # [E, out, in] e4m3
+    scales: Tensor  # [E, out, blocks of in] fp32
+    dtype: torch.dtype
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return ref.dequantise(self.weight[expert], self.scales[expert], self.dtype).t()

@@ -1,0 +1,220 @@
+"""Names and shapes a checkpoint must hold for a configuration, and one error for all that do not fit."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from isthmus.checkpoint import Checkpoint
+from isthmus.errors import CannotStart
+from isthmus.model_config import Experts, ModelConfig
+from isthmus.model_families import Bias
+
+Shapes = dict[str, tuple[int, ...]]
+_DTYPES: Final = ("F32", "BF16", "F16")
+_FP8: Final = "F8_E4M3"
+_BLOCK: Final = 128
+_LISTED: Final = 40  # names shown per kind of fault; a wrong config can make tens of thousands
+# Buffers that old exports wrote; they are recomputed.
+_RECOMPUTED: Final = re.compile(r"\.rotary_emb\.inv_freq$")
+_LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+class Stored(Protocol):
+    """What the header of a file says of a tensor."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """The checked content of a checkpoint: every name of the model itself, and those of its draft (MTP) layers."""
+
+    model: tuple[str, ...]
+    draft: tuple[str, ...]  # model.layers.{num_layers + i}.*: recognised, checked, not loaded
+
+
+def check_tensors(checkpoint: Checkpoint) -> TensorNames:
+    """Raises CannotStart listing every missing, unexpected, misshapen and unreadable tensor at once."""
+    names = find_faults(checkpoint.config, checkpoint.tensors)
+    if isinstance(names, TensorNames):
+        return names
+    mend = "use weights that belong to this config.json"
+    raise CannotStart("model", f"{checkpoint.path}: {'; '.join(names)}", mend)
+
+
+def find_faults(config: ModelConfig, tensors: Mapping[str, Stored]) -> TensorNames | list[str]:
+    """The names, or a line for each kind of fault."""
+    # A block of no width (no shared experts) may be stored as empty tensors.
+    present = {name: entry for name, entry in tensors.items() if 0 not in entry.shape and not _RECOMPUTED.search(name)}
+    required = model_shapes(config)
+    for layer, sparse in enumerate(config.sparse_layers):
+        if sparse and f"model.layers.{layer}.mlp.experts.gate_up_proj" in present:
+            _replace_by_fused(config, f"model.layers.{layer}.mlp.experts.", required)
+    model = tuple(required)
+    draft, optional = _draft_shapes(config, present)
+    required |= draft
+    optional |= _optional_shapes(config)
+    if config.fp8:
+        required |= _scale_shapes({**required, **optional}, present)
+    known = {**required, **optional}
+    faults = [
+        *_fault("missing", [name for name in required if name not in present]),
+        *_fault("unexpected", [name for name in present if name not in known]),
+        *_fault(
+            "of wrong shape",
+            [
+                f"{name} {list(entry.shape)}, not {list(known[name])}"
+                for name, entry in present.items()
+                if name in known and entry.shape != known[name]
+            ],
+        ),
+        *_fault(
+            f"of a dtype other than {'/'.join(_DTYPES)}",
+            [
+                f"{name} {entry.dtype}"
+                for name, entry in present.items()
+                if name in known and entry.dtype not in _dtypes(config, name)
+            ],
+        ),
+    ]
+    return faults or TensorNames(model, tuple(name for name in {**draft, **optional} if name in present))
+
+
+def model_shapes(config: ModelConfig) -> Shapes:
+    """As published: a tensor for each projection of each expert."""
+    D = config.hidden_size
+    shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, D), "model.norm.weight": (D,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, D)
+    for layer, sparse in enumerate(config.sparse_layers):
+        shapes |= _layer_shapes(config, layer, sparse=sparse)
+    return shapes
+
+
+def _layer_shapes(config: ModelConfig, layer: int, *, sparse: bool) -> Shapes:
+    D, prefix = config.hidden_size, f"model.layers.{layer}."
+    shapes: Shapes = {f"{prefix}input_layernorm.weight": (D,), f"{prefix}post_attention_layernorm.weight": (D,)}
+    shapes |= _prefixed(f"{prefix}self_attn.", _attention_shapes(config))
+    if not sparse or config.experts is None:
+        return shapes | _prefixed(f"{prefix}mlp.", _mlp_shapes(config, config.intermediate_size))
+    if config.experts.norm_output:
+        shapes[f"{prefix}post_mlp_layernorm.weight"] = (D,)
+    return shapes | _prefixed(f"{prefix}mlp.", dict(_expert_shapes(config, config.experts)))
+
+
+def _attention_shapes(config: ModelConfig) -> Shapes:
+    D, H, C = config.hidden_size, config.num_heads, config.kv_lora_rank
+    shapes: Shapes = {
+        "kv_a_proj_with_mqa.weight": (config.latent_elements, D),
+        "kv_a_layernorm.weight": (C,),
+        "kv_b_proj.weight": (H * (config.qk_nope_head_dim + config.v_head_dim), C),
+        "o_proj.weight": (D, H * config.v_head_dim),
+    }
+    if config.q_lora_rank is None:
+        shapes["q_proj.weight"] = (H * config.qk_head_dim, D)
+    else:
+        shapes["q_a_proj.weight"] = (config.q_lora_rank, D)
+        shapes["q_a_layernorm.weight"] = (config.q_lora_rank,)
+        shapes["q_b_proj.weight"] = (H * config.qk_head_dim, config.q_lora_rank)
+    biased = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj") if config.attention_bias else ()
+    return shapes | _biases(shapes, biased)
+
+
+def _mlp_shapes(config: ModelConfig, width: int) -> Shapes:
+    shapes = _gated_shapes(config.hidden_size, width)
+    return shapes | _biases(shapes, ("gate_proj", "up_proj", "down_proj") if config.mlp_bias else ())
+
+
+def _gated_shapes(hidden_size: int, width: int) -> Shapes:
+    wide, narrow = (width, hidden_size), (hidden_size, width)
+    return {"gate_proj.weight": wide, "up_proj.weight": wide, "down_proj.weight": narrow}
+
+
+def _biases(shapes: Shapes, names: Iterable[str]) -> Shapes:
+    return {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in names if f"{name}.weight" in shapes}
+
+
+def _expert_shapes(config: ModelConfig, experts: Experts) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "gate.weight", (experts.num_experts, config.hidden_size)
+    if experts.routing.bias is Bias.REQUIRED:
+        yield "gate.e_score_correction_bias", (experts.num_experts,)
+    for expert in range(experts.num_experts):
+        yield from _prefixed(f"experts.{expert}.", _gated_shapes(config.hidden_size, experts.width)).items()
+    if experts.num_shared:
+        yield from _prefixed("shared_experts.", _mlp_shapes(config, experts.num_shared * experts.width)).items()
+
+
+def _replace_by_fused(config: ModelConfig, prefix: str, shapes: Shapes) -> None:
+    """transformers may write the experts of a layer as two tensors."""
+    assert config.experts is not None, "sparse layers have experts"
+    E, W, D = config.experts.num_experts, config.experts.width, config.hidden_size
+    for name in [name for name in shapes if name.startswith(prefix)]:
+        del shapes[name]
+    shapes[f"{prefix}gate_up_proj"] = (E, 2 * W, D)
+    shapes[f"{prefix}down_proj"] = (E, D, W)
+
+
+def _optional_shapes(config: ModelConfig) -> Shapes:
+    """Tensors that are read if they are there, or that published files carry unused."""
+    D, shapes = config.hidden_size, Shapes()
+    if config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, D)
+    for layer, sparse in enumerate(config.sparse_layers):
+        if config.experts is None:
+            continue
+        if config.experts.norm_output and not sparse:
+            shapes[f"model.layers.{layer}.post_mlp_layernorm.weight"] = (D,)
+        if config.experts.routing.bias is Bias.OPTIONAL and sparse:
+            shapes[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = (config.experts.num_experts,)
+    return shapes
+
+
+def _scale_shapes(known: Shapes, present: Mapping[str, Stored]) -> Shapes:
+    """Of the matrices that are stored as FP8: a scale for each 128 x 128 block, the last ones ragged."""
+    return {
+        f"{name}_scale_inv": (-(-known[name][0] // _BLOCK), -(-known[name][1] // _BLOCK))
+        for name, entry in present.items()
+        if name in known and entry.dtype == _FP8 and _is_projection(name)
+    }
+
+
+def _is_projection(name: str) -> bool:
+    return name.endswith("_proj.weight") or name.endswith("_proj_with_mqa.weight")
+
+
+def _dtypes(config: ModelConfig, name: str) -> tuple[str, ...]:
+    if name.endswith("_scale_inv"):
+        return (*_DTYPES, "F8_E8M0")
+    return (*_DTYPES, _FP8) if config.fp8 and _is_projection(name) else _DTYPES
+
+
+def _draft_shapes(config: ModelConfig, present: Iterable[str]) -> tuple[Shapes, Shapes]:
+    """Required and optional tensors of draft layers; the tensors say how many there are, config.json often lies."""
+    layers = {int(found[1]) for name in present if (found := _LAYER.match(name)) and name.endswith(".eh_proj.weight")}
+    D, required, optional = config.hidden_size, Shapes(), Shapes()
+    for layer in sorted(layer for layer in layers if layer >= config.num_layers):
+        prefix = f"model.layers.{layer}."
+        required |= _layer_shapes(config, layer, sparse=config.experts is not None)
+        required |= _prefixed(
+            prefix,
+            {"enorm.weight": (D,), "hnorm.weight": (D,), "eh_proj.weight": (D, 2 * D), "shared_head.norm.weight": (D,)},
+        )
+        tables = {"embed_tokens.weight": (config.vocab_size, D), "shared_head.head.weight": (config.vocab_size, D)}
+        optional |= _prefixed(prefix, tables)
+    return required, optional
+
+
+def _prefixed(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def _fault(kind: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return [f"{len(names)} tensors {kind}: {', '.join(names[:_LISTED])}{more}"]
