@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any, Final
 import xxhash
 
 from isthmus.errors import CannotStart
+from isthmus.hub import fetch, parse_id
 from isthmus.model_config import ModelConfig, parse_config, token_ids
 
 BUNDLED: Final = "bundled"
 _INDEX_FILE: Final = "model.safetensors.index.json"
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_HEADER_BYTES: Final = 100 << 20  # the bound of the safetensors format
-_CHUNK_BYTES: Final = 4 << 20
+_CHUNK_BYTES: Final = 1 << 20  # stays in the cache between copy and hash
+_HASHING_THREADS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,13 @@ class Checkpoint:
 
 
 def resolve_model(model: str | Path) -> Path:
-    """`bundled` is the checkpoint shipped with the project; anything else is a directory."""
+    """`bundled` is the checkpoint shipped with the project; else a directory, or a hub id, which is fetched."""
+    if hub_id := parse_id(str(model)):
+        return fetch(hub_id.name, revision=hub_id.revision)
     folder = Path(__file__).parent / BUNDLED if str(model) == BUNDLED else Path(model)
     if not folder.is_dir():
-        raise CannotStart("model", f"{folder} is no directory", f"name a checkpoint directory, or '{BUNDLED}'")
+        mend = f"name a checkpoint directory, a hub id (org/name or org/name@revision), or '{BUNDLED}'"
+        raise CannotStart("model", f"{folder} is no directory", mend)
     return folder.resolve()
 
 
@@ -168,10 +174,15 @@ def _broken(problem: str) -> CannotStart:
 
 
 def _digest(files: tuple[Path, ...]) -> str:
-    state = xxhash.xxh3_128()
-    for file in files:
-        state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                state.update(chunk)
+    with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+        contents = threads.map(_content_digest, files)
+        parts = [f"{file.name}\0{content}\0" for file, content in zip(files, contents, strict=True)]
+    return xxhash.xxh3_128_hexdigest("".join(parts).encode())
+
+
+def _content_digest(file: Path) -> str:
+    state, buffer = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
+    with file.open("rb", buffering=0) as stream, memoryview(buffer) as chunk:
+        while num_bytes := stream.readinto(chunk):
+            state.update(chunk[:num_bytes])
     return state.hexdigest()

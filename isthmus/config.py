@@ -58,7 +58,8 @@ class ServiceConfig(BaseModel):
     grpc_port: Port = Field(0, description="gRPC port, 0-65535; 0: a free one")
     http_port: Port = Field(0, description="HTTP port of /livez, /readyz and /metrics, 0-65535; 0: a free one")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// URL")
-    model: str = Field("bundled", min_length=1, description="checkpoint directory, or 'bundled'")
+    model: str = Field("bundled", min_length=1, description="checkpoint directory, hub id (org/name@rev) or 'bundled'")
+    context_length: Count | None = Field(None, description="most tokens of a request [as many as the model allows]")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")
     failpoints: str = Field("", description="for tests: name=sleep(SECONDS)|raise|kill[@N], joined by ';'")
 

@@ -3,21 +3,21 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from isthmus.admin import Identity, ServiceHooks
 from isthmus.checkpoint import Checkpoint
 from isthmus.clock import SystemClock
 from isthmus.config import RouterConfig
 from isthmus.health import HealthState
+from isthmus.hub import model_name
 from isthmus.ids import new_incarnation
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.rpc import PUBLIC_RECEIVE_BYTES, channel
-from isthmus.serving import Face, GrpcService, Stop, serve_until_signal
+from isthmus.serving import Face, Stop, serve_until_signal
 from isthmus.tokenizer import Tokenizer
 from isthmus.v1 import admin_pb2
-from kv_transfer.ownership import OpenStore, OwnershipStore, connected
+from kv_transfer.ownership import OpenStore, connected
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchSettings
 from router.placement import Placement
@@ -47,8 +47,9 @@ class Router:
     async def run(self) -> None:
         """Returns after a drain; raises CannotStart when a setting is in the way."""
         hooks = ServiceHooks(self._status, self._server.drain, self._ledger, self._metrics)
-        services = [GrpcService(SERVICE, self._server.register)]
-        face = Face(self._config, self._identity, self._health, hooks, services, PUBLIC_RECEIVE_BYTES)
+        face = Face(
+            self._config, self._identity, self._health, hooks, SERVICE, self._server.register, PUBLIC_RECEIVE_BYTES
+        )
         await serve_until_signal(face, self._work)
 
     @contextlib.asynccontextmanager
@@ -56,41 +57,25 @@ class Router:
         """Opens everything in the order of need; the stack closes it in reverse. Serves with or without workers."""
         async with contextlib.AsyncExitStack() as stack:
             store = await stack.enter_async_context(connected(self._open_store, self._config))
-            checkpoint, tokenizer = await asyncio.to_thread(_open_model, self._config.model)
-            model = self._model_facts(checkpoint)
+            model, tokenizer = await asyncio.to_thread(_open_model, self._config)
             text = stack.enter_context(
                 TextWorkers(tokenizer, max_prompt_bytes=self._config.max_prompt_bytes, max_tokens=model.context_length)
             )
-            pool = self._pool = self._open_pool(store, model.digest)
+            pool = self._pool = WorkerPool(
+                store,
+                incarnation=self._identity.incarnation,
+                model_digest=model.digest,
+                connect=channel,
+                clock=self._clock,
+                ledger=self._ledger,
+            )
             await stack.enter_async_context(_watching(pool, stop))
-            self._server.backend = Backend(self._open_dispatch(pool), model, text, self._metrics, self._clock)
+            placement = Placement(pool, self._admission, self._clock)
+            settings = DispatchSettings(self._config.name, self._config.queue_timeout_s)
+            dispatch = Dispatch(placement, self._admission, settings, clock=self._clock, ledger=self._ledger)
+            self._server.backend = Backend(dispatch, model, text, self._metrics, self._clock)
             self._health.ready()
             yield
-
-    def _open_pool(self, store: OwnershipStore, model_digest: str) -> WorkerPool:
-        return WorkerPool(
-            store,
-            incarnation=self._identity.incarnation,
-            model_digest=model_digest,
-            connect=channel,
-            clock=self._clock,
-            ledger=self._ledger,
-        )
-
-    def _open_dispatch(self, pool: WorkerPool) -> Dispatch:
-        placement = Placement(pool, self._admission, self._clock)
-        settings = DispatchSettings(self._config.name, self._config.queue_timeout_s)
-        return Dispatch(placement, self._admission, settings, clock=self._clock, ledger=self._ledger)
-
-    def _model_facts(self, checkpoint: Checkpoint) -> ModelFacts:
-        return ModelFacts(
-            model_id=Path(self._config.model).name,
-            architecture=checkpoint.config.model_type,
-            digest=checkpoint.digest,
-            vocab_size=checkpoint.config.vocab_size,
-            context_length=checkpoint.config.context_length,
-            eos_token_ids=checkpoint.eos_token_ids,
-        )
 
     def _status(self) -> admin_pb2.GetStatusResponse:
         return admin_pb2.GetStatusResponse(
@@ -101,9 +86,18 @@ class Router:
         )
 
 
-def _open_model(model: str) -> tuple[Checkpoint, Tokenizer]:
-    checkpoint = Checkpoint.open(model)
-    return checkpoint, Tokenizer.open(checkpoint.path)
+def _open_model(config: RouterConfig) -> tuple[ModelFacts, Tokenizer]:
+    """Reads every weight file for its digest."""
+    checkpoint = Checkpoint.open(config.model, config.context_length)
+    facts = ModelFacts(
+        model_id=model_name(config.model),
+        architecture=checkpoint.config.model_type,
+        digest=checkpoint.digest,
+        vocab_size=checkpoint.config.vocab_size,
+        context_length=checkpoint.config.context_length,
+        eos_token_ids=checkpoint.eos_token_ids,
+    )
+    return facts, Tokenizer.open(checkpoint.path)
 
 
 @contextlib.asynccontextmanager

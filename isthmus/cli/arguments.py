@@ -32,6 +32,8 @@ def stack_spec(parsed: argparse.Namespace) -> StackSpec:
         model=_model(parsed.model),
         dtype=parsed.dtype,
         block_size=parsed.block_size,
+        context_length=parsed.context_length,
+        cache_bytes=parsed.cache_bytes,
         router_port=parsed.router_port,
         redis_url=parsed.redis_url,
         restart=not parsed.no_restart,
@@ -43,7 +45,12 @@ def stack_spec(parsed: argparse.Namespace) -> StackSpec:
 def stack_flags(parsed: argparse.Namespace) -> list[str]:
     """The flags of `isthmus up` that make the stack `_add_stack` describes."""
     numbers = ["--prefill", str(parsed.prefill), "--decode", str(parsed.decode), "--block-size", str(parsed.block_size)]
-    return [*numbers, "--model", _model(parsed.model), "--dtype", parsed.dtype]
+    flags = [*numbers, "--model", _model(parsed.model), "--dtype", parsed.dtype]
+    if parsed.context_length is not None:
+        flags += ["--context-length", str(parsed.context_length)]
+    if parsed.cache_bytes is not None:
+        flags += ["--cache-bytes", parsed.cache_bytes]
+    return flags
 
 
 def _model(given: str) -> str:
@@ -56,6 +63,8 @@ def _add_stack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", type=_count, default=1, metavar="M", help="decode workers [1]")
     parser.add_argument("--model", default="bundled", metavar="DIR", help="checkpoint directory [bundled]")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and cache [fp32]")
+    parser.add_argument("--context-length", type=int, metavar="N", help="most tokens of a request [the model's]")
+    parser.add_argument("--cache-bytes", metavar="SIZE", help="of each worker's cache, as 2GiB [256MiB]")
     parser.add_argument("--block-size", type=int, choices=[16, 32, 64], default=16, help="tokens in a block [16]")
 
 

@@ -23,6 +23,8 @@ class StackSpec:
     model: str = "bundled"
     dtype: str = "fp32"
     block_size: int = 16
+    context_length: int | None = None
+    cache_bytes: str | None = None
     router_port: int = 0  # of the first router; 0: a free one
     redis_url: str | None = None  # None: a server of our own
     restart: bool = True
@@ -109,8 +111,12 @@ def _service(spec: StackSpec, role: str, name: str, redis_url: str, ports: _Addr
         "--model": spec.model,
         "--log-level": spec.log_level,
     }
+    if spec.context_length is not None:
+        flags["--context-length"] = spec.context_length
     if role != "router":
         flags |= {"--dtype": spec.dtype, "--block-size": spec.block_size}
+    if role != "router" and spec.cache_bytes is not None:
+        flags["--cache-bytes"] = spec.cache_bytes
     if ports.zmq is not None:
         flags["--zmq-port"] = ports.zmq
     return ChildSpec(

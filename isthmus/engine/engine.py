@@ -1,6 +1,7 @@
 """A loaded model with its cache, block pool and proven numerics: what a prefill or decode worker is built on."""
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,7 +12,7 @@ from isthmus.engine.latent_cache import TORCH_DTYPES, LatentCache
 from isthmus.engine.runner import Runner
 from isthmus.errors import CannotStart
 from isthmus.kv_layout import KvLayout, Plane, PlaneKind
-from isthmus.model import load_model
+from isthmus.model import Progress, load_model
 from isthmus.model_config import ModelConfig
 from kernels.ref import TILE
 
@@ -34,7 +35,7 @@ class Engine:
         return self.model_config.context_length
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - settings, by keyword
         cls,
         checkpoint: Checkpoint,
         *,
@@ -43,6 +44,7 @@ class Engine:
         block_size: int = 16,
         num_blocks: int | None = None,
         cache_bytes: int = 256 << 20,
+        progress: Progress = lambda *_: None,
     ) -> "Engine":
         """Loads the weights, runs the canary. `num_blocks` None: as many as `cache_bytes` hold. Raises CannotStart."""
         if dtype not in TORCH_DTYPES:
@@ -50,11 +52,14 @@ class Engine:
         if block_size not in BLOCK_SIZES:
             raise CannotStart("block_size", f"{block_size} is not served", f"set --block-size to one of {BLOCK_SIZES}")
         torch_device = _open_device(device)
-        layout = kv_layout(checkpoint, dtype=dtype, block_size=block_size)
+        layout = kv_layout(checkpoint.config, "", dtype=dtype, block_size=block_size)
         count = num_blocks if num_blocks is not None else cache_bytes // layout.block_bytes
         if count < 1:
             raise CannotStart("cache_bytes", f"{cache_bytes} bytes hold no block of {layout.block_bytes}", "raise it")
-        model = load_model(checkpoint, TORCH_DTYPES[dtype], torch_device)
+        with ThreadPoolExecutor(1) as hashing:
+            digest = hashing.submit(lambda: checkpoint.digest)
+            model = load_model(checkpoint, TORCH_DTYPES[dtype], torch_device, progress)
+        layout = replace(layout, model_digest=digest.result())
         cache = LatentCache(layout, count, torch_device)
         pool = BlockPool(count, block_size)
         runner = Runner(model, cache)
@@ -70,11 +75,10 @@ class Engine:
         )
 
 
-def kv_layout(checkpoint: Checkpoint, *, dtype: str, block_size: int) -> KvLayout:
+def kv_layout(config: ModelConfig, digest: str, *, dtype: str, block_size: int) -> KvLayout:
     """MLA caches one append-only plane on every layer."""
-    config = checkpoint.config
     latent = Plane("latent", PlaneKind.APPEND_ONLY, config.num_layers, config.latent_elements, dtype)
-    return KvLayout(checkpoint.digest, (latent,), block_size)
+    return KvLayout(digest, (latent,), block_size)
 
 
 def _open_device(name: str) -> torch.device:

@@ -2,5 +2,6 @@
 
 from isthmus.model.load import load_model
 from isthmus.model.model import Model
+from isthmus.model.weights import Progress
 
-__all__ = ["Model", "load_model"]
+__all__ = ["Model", "Progress", "load_model"]

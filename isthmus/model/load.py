@@ -27,15 +27,21 @@ _MAX_THREADS = 4
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress = lambda *_: None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = lambda *_: None,
+    *,
+    keeps_fp8: bool | None = None,
 ) -> Model:
     """Checks names, shapes and dtypes of all tensors first; draft (MTP) layers are recognised and left in the file.
 
-    Block-FP8 matrices stay FP8 on a GPU and are dequantised on a CPU. Raises CannotStart.
+    `keeps_fp8` None: block-FP8 matrices stay FP8 on a GPU and are dequantised on a CPU. Raises CannotStart.
     """
     names = check_tensors(checkpoint)
     config = checkpoint.config
-    with Weights(checkpoint, dtype, device, progress, keeps_fp8=device.type == "cuda") as weights:
+    keeps_fp8 = device.type == "cuda" if keeps_fp8 is None else keeps_fp8
+    with Weights(checkpoint, dtype, device, progress, keeps_fp8=keeps_fp8) as weights:
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
             layers = tuple(threads.map(lambda layer: _layer(config, layer, weights), range(config.num_layers)))
         embedding = weights.tensor("model.embed_tokens.weight")
