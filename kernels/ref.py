@@ -34,6 +34,11 @@ def grouped_matmul(x_NK: Tensor, weight_KM: Tensor, *, group: int) -> Tensor:
     return out_NM
 
 
+def grouped_affine(x_NK: Tensor, weight_KM: Tensor, bias_M: Tensor, *, group: int) -> Tensor:
+    """The same plus a bias, rounded once."""
+    return torch.cat([torch.addmm(bias_M, rows, weight_KM) for rows in x_NK.split(group)])
+
+
 def dequantise(fp8_MK: Tensor, scales_MB: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a block-FP8 matrix: every run of FP8_BLOCK elements of a row has its scale, the last run may be short."""
     scales_MK = scales_MB.float().repeat_interleave(FP8_BLOCK, dim=-1).narrow(-1, 0, fp8_MK.shape[-1])

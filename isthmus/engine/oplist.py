@@ -43,5 +43,5 @@ ALLOWED: Mapping[str, Why] = MappingProxyType(
     | _because(Why.ORDER_FREE, "amax", "amin", "maximum", "sort", "topk")
     | _because(Why.PER_ELEMENT, "exp_")
     | _because(Why.PER_ROW, "sum")
-    | _because(Why.FIXED_SHAPE, "bmm", "mm")
+    | _because(Why.FIXED_SHAPE, "addmm", "bmm", "mm")
 )

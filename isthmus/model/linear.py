@@ -15,8 +15,9 @@ class Linear:
 
     def forward(self, x_NK: Tensor, *, group: int) -> Tensor:
         """x @ weight + bias, `group` rows a product; N is a multiple of it."""
-        out = ref.grouped_matmul(x_NK, self.weight, group=group)
-        return out if self.bias is None else out + self.bias
+        if self.bias is None:
+            return ref.grouped_matmul(x_NK, self.weight, group=group)
+        return ref.grouped_affine(x_NK, self.weight, self.bias, group=group)
 
 
 @dataclass(frozen=True, slots=True)

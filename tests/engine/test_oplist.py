@@ -119,9 +119,12 @@ def test_products_of_a_row_do_not_depend_on_rows_or_place(dtype: torch.dtype, in
     x_heads = torch.randn(256, 3, inner).to(dtype)
     full = ref.grouped_matmul(x, weight, group=group)
     full_heads = ref.grouped_head_matmul(x_heads, heads, group=group)
+    bias = torch.randn(outer).to(dtype)
+    full_affine = ref.grouped_affine(x, weight, bias, group=group)
     for count in range(group, 257, group):
         assert torch.equal(ref.grouped_matmul(x[:count], weight, group=group), full[:count])
         assert torch.equal(ref.grouped_head_matmul(x_heads[:count], heads, group=group), full_heads[:, :count])
+        assert torch.equal(ref.grouped_affine(x[:count], weight, bias, group=group), full_affine[:count])
     shifted = ref.grouped_matmul(x.roll(5, 0), weight, group=group)
     assert torch.equal(shifted.roll(-5, 0), full)
 
