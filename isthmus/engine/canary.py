@@ -52,11 +52,9 @@ def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
             _Sequence(prompt, scratch[index * blocks_each : (index + 1) * blocks_each])
             for index, prompt in enumerate(prompts)
         ]
-        long, short, other = sequences
-        alone = _outcome(runner, [long], cut=None) + _outcome(runner, [short], cut=None)
-        # The one watched stands last, so that its place in the batch differs as well, and is cut off every border.
-        together = _outcome(runner, [other, short, long], cut=101)
-        together += _outcome(runner, [other, long, short], cut=21)
+        alone = [_outcomes(runner, [one], cut=None)[0] for one in sequences[:2]]
+        # In company each has another place in the batch, and its prompt is cut off every tile and block border.
+        together = _outcomes(runner, sequences[::-1], cut=21)[:0:-1]
     finally:
         pool.release(scratch)
     if alone != together:
@@ -64,7 +62,7 @@ def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
         raise CannotStart("device", problem, "use a torch build named in constraints/cpu.txt and OMP_NUM_THREADS=1")
     ingredients = _ingredients(runner)
     named = "\n".join(f"{name}={value}" for name, value in sorted(ingredients.items()))
-    return Numerics(hashlib.sha256(named.encode() + alone).hexdigest()[:32], ingredients)
+    return Numerics(hashlib.sha256(named.encode() + b"".join(alone)).hexdigest()[:32], ingredients)
 
 
 def _prompt(length: int, vocab_size: int, *, salt: int) -> tuple[int, ...]:
@@ -72,35 +70,38 @@ def _prompt(length: int, vocab_size: int, *, salt: int) -> tuple[int, ...]:
     return tuple((7919 * (index + 1) + 104729 * salt) % vocab_size for index in range(length))
 
 
-def _outcome(runner: Runner, sequences: Sequence[_Sequence], *, cut: int | None) -> bytes:
-    """Hash of the last sequence's logits at every step and of its latents on every layer."""
-    state = hashlib.sha256()
-    watched = sequences[-1]
+def _outcomes(runner: Runner, sequences: Sequence[_Sequence], *, cut: int | None) -> list[bytes]:
+    """For each sequence a hash of its logits at every step and of its latents on every layer."""
+    states = [hashlib.sha256() for _ in sequences]
+
+    def watch(logits: torch.Tensor) -> None:
+        _require_finite(logits)
+        for state, row in zip(states, logits.cpu(), strict=True):
+            state.update(row.numpy().tobytes())
+
     if cut is not None:
         runner.prefill([PrefillChunk(one.prompt[:cut], 0, one.block_table, needs_logits=False) for one in sequences])
-    chunks = [
-        PrefillChunk(one.prompt[start:], start, one.block_table, needs_logits=True)
-        for one in sequences
-        if (start := cut or 0) < len(one.prompt)
-    ]
-    logits = runner.prefill(chunks)[-1]
-    done, tokens = 0, list(watched.prompt[:_REPLAYED])
-    for step in range(1 + _DECODED):
-        _require_finite(logits)
-        state.update(logits.cpu().numpy().tobytes())
-        rows = [DecodeRow(one.prompt[step], len(one.prompt) + step, one.block_table) for one in sequences[:-1]]
-        position = len(watched.prompt) + done
-        rows += [DecodeRow(token, position + index, watched.block_table) for index, token in enumerate(tokens)]
-        logits = runner.decode(rows)[-1]
-        done += len(tokens)
-        tokens = [int(logits.argmax())]
-    _require_finite(logits)
-    state.update(logits.cpu().numpy().tobytes())
-    blocks = torch.tensor(list(watched.block_table), device=runner.model.device)
-    for layer in runner.cache.layers[LATENT_PLANE]:
-        latents = layer[blocks].flatten(0, 1)[: len(watched.prompt) + done]
-        state.update(latents.cpu().view(torch.uint8).numpy().tobytes())
-    return state.digest()
+    start = cut or 0
+    chunks = [PrefillChunk(one.prompt[start:], start, one.block_table, needs_logits=True) for one in sequences]
+    logits = runner.prefill(chunks)
+    done, tokens = 0, [one.prompt[:_REPLAYED] for one in sequences]
+    for _ in range(1 + _DECODED):
+        watch(logits)
+        rows = [
+            DecodeRow(token, len(one.prompt) + done + index, one.block_table)
+            for one, own in zip(sequences, tokens, strict=True)
+            for index, token in enumerate(own)
+        ]
+        done += len(tokens[0])
+        logits = runner.decode(rows)[len(tokens[0]) - 1 :: len(tokens[0])]
+        tokens = [(int(token),) for token in logits.argmax(-1)]
+    watch(logits)
+    for state, one in zip(states, sequences, strict=True):
+        blocks = torch.tensor(list(one.block_table), device=runner.model.device)
+        for layer in runner.cache.layers[LATENT_PLANE]:
+            latents = layer[blocks].flatten(0, 1)[: len(one.prompt) + done]
+            state.update(latents.cpu().view(torch.uint8).numpy().tobytes())
+    return [state.digest() for state in states]
 
 
 def _require_finite(logits: torch.Tensor) -> None:
