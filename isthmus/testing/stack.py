@@ -49,10 +49,12 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running_stack(*flags: str, env: dict[str, str] | None = None) -> Iterator[Stack]:
-    process = start_supervisor(*flags, env=env)
+def running_stack(
+    *flags: str, env: dict[str, str] | None = None, ready_timeout_s: float = READY_TIMEOUT_S
+) -> Iterator[Stack]:
+    process = start_supervisor("--ready-timeout", str(0.9 * ready_timeout_s), *flags, env=env)
     try:
-        yield Stack(process, read_ready(process))
+        yield Stack(process, read_ready(process, ready_timeout_s))
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -75,9 +77,9 @@ def start_supervisor(*flags: str, env: dict[str, str] | None = None) -> "subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=merged)
 
 
-def read_ready(process: "subprocess.Popen[str]") -> dict[str, Any]:
+def read_ready(process: "subprocess.Popen[str]", timeout_s: float = READY_TIMEOUT_S) -> dict[str, Any]:
     assert process.stdout is not None
-    readable, _, _ = select.select([process.stdout], [], [], READY_TIMEOUT_S)
+    readable, _, _ = select.select([process.stdout], [], [], timeout_s)
     line = process.stdout.readline() if readable else ""
     if not line:
         process.kill()
