@@ -8,15 +8,16 @@ from typing import TypeVar
 
 from decode_service.ownership_report import OwnershipReport
 from decode_service.server import DecodeServer
-from decode_service.streams import Limits, Streams
+from decode_service.streams import Streams
 from decode_service.worker import StepLoop
 from isthmus.admin import ServiceHooks
 from isthmus.config import DecodeConfig
 from isthmus.engine.engine import Engine
-from isthmus.serving import Face, GrpcService, Stop, serve_until_signal
+from isthmus.serving import Face, Stop, serve_until_signal
 from isthmus.v1 import admin_pb2, decode_pb2_grpc
 from isthmus.worker_context import WorkerContext
 from isthmus.worker_engine import engine_status, open_engine, transfer_memory
+from kv_transfer.counters import Counters
 from kv_transfer.events import ReceiverOptions, TransferEvents
 from kv_transfer.membership import Membership, running
 from kv_transfer.mirror import HandoffMirror
@@ -26,7 +27,6 @@ from kv_transfer.receiver import Receiver
 from kv_transfer.selftest import round_trip
 
 SERVICE = "isthmus.v1.DecodeService"
-MAX_STREAMS = 1024
 _T = TypeVar("_T")
 
 
@@ -41,14 +41,13 @@ class DecodeWorker:
         self._server = DecodeServer(self._identity)
         self._engine: Engine | None = None
         self._streams: Streams | None = None
-        self._receiver: Receiver | None = None
-        self._mirror: HandoffMirror | None = None
+        self._counters: list[Counters] = []
 
     async def run(self) -> None:
         """Returns after a drain; raises CannotStart when a setting is in the way."""
         hooks = ServiceHooks(self._status, self._drain, self._context.ledger, self._context.metrics)
         register = partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, self._server)
-        face = Face(self._config, self._identity, self._context.health, hooks, [GrpcService(SERVICE, register)])
+        face = Face(self._config, self._identity, self._context.health, hooks, SERVICE, register)
         await serve_until_signal(face, self._work)
 
     @contextlib.asynccontextmanager
@@ -58,11 +57,12 @@ class DecodeWorker:
             store = await stack.enter_async_context(connected(self._open_store, self._config))
             engine = self._engine = await asyncio.to_thread(open_engine, self._config)
             memory = PoolMemory(engine.layout, transfer_memory(engine))
-            mirror = self._mirror = await stack.enter_async_context(running(HandoffMirror(store)))
+            mirror = await stack.enter_async_context(running(HandoffMirror(store)))
             report = OwnershipReport(mirror, self._identity.incarnation)
             loop = asyncio.get_running_loop()
-            receiver = self._receiver = self._open_receiver(memory, report, loop)
+            receiver = self._open_receiver(memory, report, loop)
             stack.callback(receiver.close)
+            self._counters = [receiver.counters, mirror.counters]
             step_loop = StepLoop(
                 engine,
                 self._config.max_batch,
@@ -75,7 +75,7 @@ class DecodeWorker:
                 step_loop,
                 self._context,
                 report=report,
-                limits=Limits(MAX_STREAMS, self._config.fill_timeout_s),
+                fill_timeout_s=self._config.fill_timeout_s,
             )
             step_loop.start()
             stack.push_async_callback(asyncio.to_thread, step_loop.stop)
@@ -100,20 +100,16 @@ class DecodeWorker:
 
     def _status(self) -> admin_pb2.GetStatusResponse:
         status = engine_status(self._config.model, self._engine)
-        if self._streams is not None and self._receiver is not None:
+        if self._streams is not None:
             status.num_streams = len(self._streams)
-            status.num_queued = self._streams.num_waiting
-            status.counters.update(self._receiver.counters)
-            status.counters.update(self._mirror.counters if self._mirror else {})
+            status.num_queued = self._streams.step_loop.num_waiting
+        for counters in self._counters:
+            status.counters.update(counters.read())
         return status
 
     async def _drain(self, timeout_s: float) -> int:
         """Refuses new streams and waits for the running ones; how many are left."""
-        streams = self._streams
-        if streams is None:
-            return 0
-        streams.is_draining = True
-        return await streams.wait_until_empty(timeout_s)
+        return 0 if self._streams is None else await self._streams.drain(timeout_s)
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, function: Callable[[_T], object]) -> Callable[[_T], None]:

@@ -22,15 +22,15 @@ class OwnershipReport:
             record = HandoffRecord(
                 transfer.transfer_id, transfer.request_id, self._incarnation, prefill, transfer.attempt, transfer.state
             )
-            self._mirror.begin_handoff(record, TTL_S)
+            self._mirror.report(lambda store: store.begin_handoff(record, TTL_S))
             return
         transition = Transition(
             transfer.transfer_id, change.previous, transfer.state, transfer.attempt, prefill=prefill
         )
-        self._mirror.advance_handoff(transition)
+        self._mirror.report(lambda store: store.advance_handoff(transition))
 
     def stream_began(self, request_id: str) -> None:
-        self._mirror.put_stream(request_id, self._incarnation, TTL_S)
+        self._mirror.report(lambda store: store.streams.put(request_id, self._incarnation, TTL_S))
 
     def stream_ended(self, request_id: str) -> None:
-        self._mirror.drop_stream(request_id, self._incarnation)
+        self._mirror.report(lambda store: store.streams.drop(request_id, self._incarnation))

@@ -33,8 +33,7 @@ class Scheduler:
         return list(self._running.values())
 
     def expired(self, now: float) -> list[Stream]:
-        everyone = [*self._running.values(), *self._waiting]
-        return [stream for stream in everyone if stream.deadline is not None and stream.deadline <= now]
+        return [stream for stream in self.streams() if stream.deadline is not None and stream.deadline <= now]
 
     def streams(self) -> list[Stream]:
         return [*self._running.values(), *self._waiting]

@@ -8,14 +8,9 @@ import grpc.aio
 from decode_service import messages
 from decode_service.session import RouterSession
 from decode_service.stream import AttachKey
-from decode_service.streams import ReserveCommand, Streams
+from decode_service.streams import Streams
 from isthmus.admin import Identity
-from isthmus.convert import (
-    extent_to_proto,
-    finish_reason_from_proto,
-    layout_to_proto,
-    request_from_proto,
-)
+from isthmus.convert import extent_to_proto, finish_reason_from_proto, layout_to_proto, request_from_proto
 from isthmus.errors import InvalidRequest, IsthmusError, NotYet, WorkersUnavailable
 from isthmus.log import get_logger
 from isthmus.types import FinishReason
@@ -74,12 +69,12 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         if first.WhichOneof("message") != "hello":
             raise InvalidRequest.of("message", first.WhichOneof("message"), "hello as the first message of a session")
         session = RouterSession(first.hello.router_incarnation)
-        unknown = [cursor.request_id for cursor in first.hello.streams if cursor.request_id not in self._streams]
+        named = [cursor.request_id for cursor in first.hello.streams]
         hello = decode_pb2.DecodeHello(
             incarnation=self._identity.incarnation,
-            layout=layout_to_proto(self._streams.layout),
-            numerics_digest=self._streams.numerics_digest,
-            unknown_streams=unknown,
+            layout=layout_to_proto(self._streams.engine.layout),
+            numerics_digest=self._streams.engine.numerics.digest,
+            unknown_streams=[request_id for request_id in named if self._streams.get(request_id) is None],
         )
         session.send(decode_pb2.SessionResponse(hello=hello))
         log.info("session_opened", router=session.router_incarnation)
@@ -122,21 +117,17 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             raise NotYet("on_disconnect: retain is not served yet")
         if reserve.request.emitted_token_ids:
             raise NotYet("emitted_token_ids is not served yet")
-        command = ReserveCommand(
-            request=request_from_proto(reserve.request),
-            attach=_attach(reserve.attach),
-            fill_timeout_s=reserve.fill_timeout_ms / 1000 or None,
-        )
-        stream = self._streams.reserve(command, session)
+        request, attach = request_from_proto(reserve.request), _attach(reserve.attach)
+        stream = self._streams.reserve(request, attach, session, reserve.fill_timeout_ms / 1000 or None)
         reserved = decode_pb2.Reserved(
             request_id=stream.request_id,
             transfer_id=stream.transfer_id,
             attempt=stream.attempt,
             zmq_endpoint=self._identity.zmq_endpoint,
             incarnation=self._identity.incarnation,
-            layout_fingerprint=self._streams.layout.fingerprint,
+            layout_fingerprint=self._streams.engine.layout.fingerprint,
             num_cached_tokens=stream.num_cached_tokens,
-            missing=[extent_to_proto(extent) for extent in self._streams.missing(stream)],
+            missing=[extent_to_proto(extent) for extent in stream.missing],
         )
         return decode_pb2.SessionResponse(reserved=reserved)
 

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Protocol
 
 from isthmus.engine.block_pool import BlockPool
-from isthmus.types import FinishReason, Request, Token
+from isthmus.types import Extent, FinishReason, Request, Token
 from isthmus.v1 import decode_pb2
 
 
@@ -41,6 +41,7 @@ class Stream:
     block_table: list[int]  # prompt blocks at first; grows from `num_set_aside`
     num_set_aside: int
     num_cached_tokens: int  # prompt prefix that was here already
+    missing: tuple[Extent, ...]  # what prefill has to send
     deadline: float | None  # on the worker's clock
     phase: Phase = Phase.FILLING
     tokens: list[Token] = field(default_factory=list[Token])

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 from decode_service.scheduler import Scheduler
 from decode_service.stream import Emission, Ended, Phase, Stream
@@ -20,39 +20,19 @@ IDLE_WAIT_S = 0.2
 log = get_logger("decode.worker")
 
 
-@dataclass(frozen=True, slots=True)
-class Join:
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    stream: Stream
-    why: Ended
-
-
 class StepLoop:
     """Owns the streams it was given until it reports their end; calls `on_step` from its thread after every step."""
 
     def __init__(
-        self,
-        engine: Engine,
-        max_batch: int,
-        context: WorkerContext,
-        *,
-        on_step: Callable[[list[Emission]], None],
+        self, engine: Engine, max_batch: int, context: WorkerContext, *, on_step: Callable[[list[Emission]], None]
     ):
         self._engine = engine
         self._scheduler = Scheduler(max_batch)
         self._on_step = on_step
-        self._progress = context.progress
-        self._clock = context.clock
-        self._failpoints = context.failpoints
-        # Bounded by the streams a worker admits: one Join and a few Leaves each.
-        self._commands: queue.SimpleQueue[Join | Leave | None] = queue.SimpleQueue()
+        self._context = context
+        # Bounded by the streams a worker admits: one join and a few leaves each. None: stop.
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="decode-step", daemon=True)
-        self.num_steps = 0
-        self.num_tokens = 0
 
     def start(self) -> None:
         self._thread.start()
@@ -63,14 +43,15 @@ class StepLoop:
         self._thread.join(timeout_s)
 
     def join(self, stream: Stream) -> None:
-        self._commands.put(Join(stream))
+        self._commands.put(partial(self._scheduler.join, stream))
 
     def leave(self, stream: Stream, why: Ended) -> None:
         """Ends a stream before the next step; a stream that has ended meanwhile is left alone."""
-        self._commands.put(Leave(stream, why))
+        self._commands.put(partial(self._end, [stream], why))
 
     @property
     def num_waiting(self) -> int:
+        """Claimed streams without a place in the batch."""
         return self._scheduler.num_waiting
 
     def _run(self) -> None:
@@ -78,32 +59,27 @@ class StepLoop:
             self._end_expired()
             batch = self._scheduler.batch()
             if not batch:
-                self._progress.idle()
+                self._context.progress.idle()
                 continue
-            self._progress.begin_work()
-            self._failpoints.hit("decode.step")
+            self._context.progress.begin_work()
+            self._context.failpoints.hit("decode.step")
             self._on_step(self._step(batch))
-            self._progress.step_done()
+            self._context.progress.step_done()
         self._end(self._scheduler.streams(), Ended(FinishReason.CANCELLED, detail="worker stops"))
 
     def _take_commands(self) -> bool:
         """Follows every waiting command; waits for one only when there is nothing to run. False: stop."""
         try:
             command = self._commands.get(block=not len(self._scheduler), timeout=IDLE_WAIT_S)
-            while True:
-                match command:
-                    case Join(stream):
-                        self._scheduler.join(stream)
-                    case Leave(stream, why):
-                        self._end([stream], why)
-                    case None:
-                        return False
+            while command is not None:
+                command()
                 command = self._commands.get_nowait()
         except queue.Empty:
             return True
+        return False
 
     def _end_expired(self) -> None:
-        self._end(self._scheduler.expired(self._clock.now()), Ended(FinishReason.DEADLINE))
+        self._end(self._scheduler.expired(self._context.clock.now()), Ended(FinishReason.DEADLINE))
 
     def _end(self, streams: list[Stream], why: Ended) -> None:
         ended = [stream for stream in streams if self._scheduler.leave(stream)]
@@ -124,7 +100,6 @@ class StepLoop:
             log.exception("step_failed", error, num_streams=len(batch))
             failure = Ended(FinishReason.ERROR, "INTERNAL", f"decode step failed: {type(error).__name__}")
             return [self._emission(stream, failure) for stream in batch]
-        self.num_steps += 1
         return [self._emission(stream, result) for stream, result in zip(batch, results, strict=True)]
 
     def _emission(self, stream: Stream, result: Token | NonFiniteLogits | Ended) -> Emission:
@@ -134,7 +109,6 @@ class StepLoop:
         if isinstance(result, NonFiniteLogits):
             ended = Ended(FinishReason.ERROR, result.reason, result.detail)
         if token is not None:
-            self.num_tokens += 1
             stream.append(token)
             reason = finish_reason(stream.request, stream.token_ids, self._engine.context_length)
             ended = Ended(reason) if reason else None

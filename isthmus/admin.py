@@ -11,7 +11,7 @@ import grpc.aio
 
 from isthmus.clock import SystemClock
 from isthmus.health import HealthState
-from isthmus.ledger import Ledger, LedgerEvent
+from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.v1 import admin_pb2, admin_pb2_grpc
 
@@ -68,8 +68,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.LedgerResponse:
         limit = request.limit or _DEFAULT_LEDGER_EVENTS
         events = self._hooks.ledger.read(request_id=request.request_id, limit=limit)
-        names = [field.name for field in dataclasses.fields(LedgerEvent)]  # the message's too
-        messages = [admin_pb2.LedgerEvent(**{name: getattr(event, name) for name in names}) for event in events]
+        messages = [admin_pb2.LedgerEvent(**dataclasses.asdict(event)) for event in events]
         return admin_pb2.LedgerResponse(incarnation=self.identity.incarnation, events=messages)
 
     async def drain(self, timeout_s: float) -> int:

@@ -4,7 +4,6 @@ Spec: `name=action[@n]` joined by `;`, e.g. `decode.step=sleep(6)@20;prefill.lay
 `@n` acts on the n-th hit only; without it on every hit.
 """
 
-import asyncio
 import os
 import re
 import signal
@@ -46,27 +45,18 @@ class Failpoints:
 
     def hit(self, name: str) -> None:
         """Acts if `name` is set and it is its turn. `sleep` blocks the calling thread."""
-        if self._by_name and (seconds := self._act(name)):
-            time.sleep(seconds)
-
-    async def hit_async(self, name: str) -> None:
-        """As `hit`, but `sleep` suspends only the calling task."""
-        if self._by_name and (seconds := self._act(name)):
-            await asyncio.sleep(seconds)
-
-    def _act(self, name: str) -> float:
         failpoint = self._by_name.get(name)
         if failpoint is None:
-            return 0.0
+            return
         with self._lock:
             self._hits[name] += 1
             if failpoint.nth is not None and self._hits[name] != failpoint.nth:
-                return 0.0
+                return
         if failpoint.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if failpoint.action == "raise":
             raise FailpointError(f"failpoint {name}")
-        return failpoint.seconds
+        time.sleep(failpoint.seconds)
 
 
 def _parse_entry(entry: str) -> tuple[str, Failpoint]:

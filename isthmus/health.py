@@ -44,7 +44,7 @@ class ProgressWatch:
         self._stall_s = stall_s
         self._lock = threading.Lock()
         self._progress_at: float | None = None  # None: nothing is pending
-        self._num_steps = 0
+        self.num_steps = 0  # finished ones
 
     def begin_work(self) -> None:
         """Work is pending. Calling it again while work is pending does not count as progress."""
@@ -54,7 +54,7 @@ class ProgressWatch:
 
     def step_done(self) -> None:
         with self._lock:
-            self._num_steps += 1
+            self.num_steps += 1
             if self._progress_at is not None:
                 self._progress_at = self._clock.now()
 
@@ -62,10 +62,6 @@ class ProgressWatch:
         """Nothing is pending."""
         with self._lock:
             self._progress_at = None
-
-    @property
-    def num_steps(self) -> int:
-        return self._num_steps
 
     @property
     def is_working(self) -> bool:

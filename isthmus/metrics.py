@@ -23,8 +23,6 @@ class Metrics:
             "isthmus_requests", "Requests ended, by finish or refusal reason", ["outcome"], registry=of
         )
         self.tokens = Counter("isthmus_tokens", "Tokens: prompt, cached or generated", ["kind"], registry=of)
-        self.steps = Counter("isthmus_steps", "Model steps", registry=of)
-        self.alarms = Counter("isthmus_alarms", "Things that must not happen, by kind", ["kind"], registry=of)
         self.ttft_s = Histogram("isthmus_ttft_seconds", "Receipt to first token sent", buckets=_LONG_S, registry=of)
         self.itl_s = Histogram("isthmus_itl_seconds", "Between consecutive tokens", buckets=_SHORT_S, registry=of)
 

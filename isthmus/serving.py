@@ -24,18 +24,11 @@ from isthmus.rpc import INTERNAL_RECEIVE_BYTES, bind_grpc, create_server
 from isthmus.v1 import admin_pb2_grpc
 
 DRAIN_S = 3.0  # the whole stack is gone within 5 s of SIGTERM
+_DRAIN_POLL_S = 0.01
 _CLOSE_S = 1.0
 _RPC_GRACE_S = 0.1
 _HEALTH_LOG_S = 0.25
 _log = log.get_logger("serving")
-
-
-@dataclass(frozen=True, slots=True)
-class GrpcService:
-    """A gRPC service: its full name, and how to add it: `lambda server: add_X_to_server(servicer, server)`."""
-
-    full_name: str
-    register: Callable[[grpc.aio.Server], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +39,8 @@ class Face:
     identity: Identity
     health: HealthState
     hooks: ServiceHooks
-    services: Sequence[GrpcService]
+    service: str  # full name of its gRPC service, added by
+    register: Callable[[grpc.aio.Server], None]
     max_receive_bytes: int = INTERNAL_RECEIVE_BYTES
 
 
@@ -65,10 +59,6 @@ class Stop:
 
     async def wait(self) -> None:
         await self._asked.wait()
-
-    @property
-    def is_asked(self) -> bool:
-        return self._asked.is_set()
 
     @contextlib.asynccontextmanager
     async def hurrying(self, timeout_s: float | None = None) -> AsyncGenerator[asyncio.Timeout]:
@@ -147,6 +137,15 @@ async def serve_until_signal(face: Face, work: Work) -> None:
         raise stop.error
 
 
+async def until_none_left(num_left: Callable[[], int], timeout_s: float) -> int:
+    """For drains: returns when nothing is left or the time is over; how many are left then."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while num_left():  # noqa: ASYNC110 - once in a process's life: not worth an event kept at every change
+                await asyncio.sleep(_DRAIN_POLL_S)
+    return num_left()
+
+
 async def _drain(stop: Stop, admin: AdminServicer) -> None:
     """Asked for the end once more, the process closes without waiting for what still runs."""
     _log.info("service.draining")
@@ -159,10 +158,9 @@ async def _drain(stop: Stop, admin: AdminServicer) -> None:
 @contextlib.asynccontextmanager
 async def _open_ports(face: Face, admin: AdminServicer) -> AsyncGenerator[grpc.aio.Server]:
     config = face.config
-    names = [service.full_name for service in face.services] + [ADMIN_SERVICE]
+    names = [face.service, ADMIN_SERVICE]
     server = create_server(max_receive_bytes=face.max_receive_bytes)
-    for service in face.services:
-        service.register(server)
+    face.register(server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(face.health, names), server)
     reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)

@@ -4,15 +4,17 @@ import threading
 from collections import Counter
 
 
-class Counters:
+class Counters(Counter[str]):
+    """Other threads than the writers look at it through `read`."""
+
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        super().__init__()
         self._lock = threading.Lock()
 
-    def add(self, name: str, amount: int = 1) -> None:
+    def add(self, name: str) -> None:
         with self._lock:
-            self._counts[name] += amount
+            self[name] += 1
 
     def read(self) -> dict[str, int]:
         with self._lock:
-            return dict(self._counts)
+            return dict(self)

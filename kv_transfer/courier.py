@@ -1,20 +1,22 @@
 """The work of the sender's thread: rows into frames, frames onto links in turn, answers back to transfers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zmq
 
 from isthmus.clock import Clock
 from isthmus.ledger import Ledger
+from isthmus.types import Extent, Token
 from kv_transfer.counters import Counters
 from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, FrameName
-from kv_transfer.link import InFlight, Link, LinkIdentity, LinkLost
+from kv_transfer.link import InFlight, Link, LinkLost
 from kv_transfer.messages import Abort, Acks
-from kv_transfer.outgoing import AbortWanted, Command, CommitReady, Opened, OutgoingTransfer, RowsReady
+from kv_transfer.outgoing import OutgoingTransfer
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.sockets import Context
 from kv_transfer.staging import Staging
+from kv_transfer.wake import Waker
 
 _ORPHAN_MS = 5  # how often memory that a closed link still reads is looked at
 _MAX_BURST = 8  # frames sent before answers and commands get their turn
@@ -29,55 +31,70 @@ class SenderOptions:
     max_transfers: int = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Workplace:
-    """What the sender lends its thread."""
-
-    incarnation: bytes
-    memory: PoolMemory
-    ledger: Ledger
-    clock: Clock
-    counters: Counters
-    options: SenderOptions
-
-
 class Courier:
-    """Used by one thread. Calls every transfer's on_done exactly once, at the latest in `close`."""
+    """Used by one thread, woken by any. Calls every transfer's on_done exactly once, at the latest in `close`."""
 
-    def __init__(self, place: Workplace, wake_fd: int):
-        self._place = place
-        self._options = place.options
-        self._now = place.clock.now
+    def __init__(self, incarnation: bytes, memory: PoolMemory, ledger: Ledger, clock: Clock, options: SenderOptions):
+        self._incarnation = incarnation
+        self._memory = memory
+        self._ledger = ledger
+        self._now = clock.now
+        self._options = options
+        self.counters = Counters()
+        self.waker = Waker()  # ends `wait`
         self._context: Context = zmq.Context(io_threads=1)
         self._poller = zmq.Poller()
-        self._poller.register(wake_fd, zmq.POLLIN)
+        self._poller.register(self.waker.fd, zmq.POLLIN)
         self._staging = Staging(self._options.staging_bytes)
         self._links: dict[tuple[str, str], Link] = {}  # (receiver incarnation, endpoint)
         self._link_of: dict[OutgoingTransfer, Link] = {}
         self._orphans: list[InFlight] = []  # of closed links: ZeroMQ may still be reading their staging
 
     def wait(self, timeout_ms: int) -> set[object]:
-        """What has something to say: the wake-up's descriptor, sockets and monitors."""
-        return {who for who, _ in self._poller.poll(min(timeout_ms, _ORPHAN_MS) if self._orphans else timeout_ms)}
+        """Sockets and monitors that have something to say; a wake-up ends the wait too."""
+        timeout_ms = min(timeout_ms, _ORPHAN_MS) if self._orphans else timeout_ms
+        speaking = {who for who, _ in self._poller.poll(timeout_ms)}
+        if self.waker.fd in speaking:
+            self.waker.clear()
+        return speaking
 
-    def handle(self, command: Command) -> None:
-        transfer = command.transfer
+    def open(self, transfer: OutgoingTransfer) -> None:
+        target = transfer.order.target
+        key = (target.receiver_incarnation, target.zmq_endpoint)
+        if key not in self._links:
+            try:
+                link = Link(self._context, self._incarnation, target)
+            except LinkLost as lost:
+                self._finish(transfer, str(lost))
+                return
+            self._links[key] = link
+            self._poller.register(link.socket, zmq.POLLIN)
+            self._poller.register(link.monitor, zmq.POLLIN)
+        link = self._links[key]
+        link.transfers.add(transfer)
+        self._link_of[transfer] = link
+
+    def add_rows(self, transfer: OutgoingTransfer, rows: Extent) -> None:
+        if not transfer.state.has_ended:
+            transfer.state.add_rows(rows)
+            self._queue(transfer)
+
+    def commit(self, transfer: OutgoingTransfer, token: Token) -> None:
         if transfer.state.has_ended:
             return
-        match command:
-            case Opened():
-                self._open(transfer)
-                return
-            case RowsReady(piece=piece):
-                transfer.state.add_rows(piece)
-            case CommitReady(token=token):
-                transfer.state.progress_at = self._now()
-                if not transfer.state.add_commit(token):
-                    self._abort(transfer, "committed before its rows", finished=False)
-            case AbortWanted(reason=reason, finished=finished):
-                self._abort(transfer, reason, finished=finished)
-        if transfer.state.has_work and transfer not in (ready := self._link_of[transfer].ready):
-            ready.append(transfer)
+        transfer.state.progress_at = self._now()
+        if transfer.state.add_commit(token):
+            self._queue(transfer)
+        else:
+            self.abort(transfer, "committed before its rows")
+
+    def abort(self, transfer: OutgoingTransfer, reason: str, *, finished: bool = False) -> None:
+        if transfer.state.has_ended:
+            return
+        link = self._link_of[transfer]
+        self._finish(transfer, reason)
+        body = Abort(reason, finished=finished).encode()
+        self._guard(link, lambda link: link.send_small(FrameKind.ABORT, body, transfer.order.target) or False)
 
     def turn(self, speaking: set[object]) -> bool:
         """Takes answers from those that `wait` named, then sends a burst. True if there is more to send at once."""
@@ -103,7 +120,7 @@ class Courier:
         for transfer in list(self._link_of):
             state = transfer.state
             if state.commit_sent and not state.num_in_flight and now - state.progress_at > timeout_s:
-                self._abort(transfer, "the commit was not acknowledged", finished=False)
+                self.abort(transfer, "the commit was not acknowledged")
 
     def fail_all(self, cause: str) -> None:
         for link in list(self._links.values()):
@@ -124,21 +141,10 @@ class Courier:
             self._drop(link, f"bad answer: {bad}")
         return False
 
-    def _open(self, transfer: OutgoingTransfer) -> None:
-        target = transfer.order.target
-        key = (target.receiver_incarnation, target.zmq_endpoint)
-        if key not in self._links:
-            try:
-                link = Link(self._context, target.zmq_endpoint, LinkIdentity.of(self._place.incarnation, target))
-            except LinkLost as lost:
-                self._finish(transfer, str(lost))
-                return
-            self._links[key] = link
-            self._poller.register(link.socket, zmq.POLLIN)
-            self._poller.register(link.monitor, zmq.POLLIN)
-        link = self._links[key]
-        link.transfers.add(transfer)
-        self._link_of[transfer] = link
+    def _queue(self, transfer: OutgoingTransfer) -> None:
+        ready = self._link_of[transfer].ready
+        if transfer.state.has_work and transfer not in ready:
+            ready.append(transfer)
 
     def _send_next(self, link: Link) -> bool:
         """One frame of the transfer whose turn it is. False: nothing to send, or no credit, or no staging."""
@@ -155,36 +161,35 @@ class Courier:
     def _send_piece(self, link: Link, transfer: OutgoingTransfer) -> bool:
         state = transfer.state
         piece = state.pieces[0]
-        row_bytes = self._place.memory.row_bytes(piece.plane)
+        row_bytes = self._memory.row_bytes(piece.plane)
         max_rows = max(1, min(link.max_body_bytes, self._options.max_frame_bytes) // row_bytes)
-        end = min(piece.end, piece.first + max_rows)
-        num_bytes = (end - piece.first) * row_bytes
+        part = replace(piece, num_tokens=min(piece.num_tokens, max_rows))
+        num_bytes = part.num_tokens * row_bytes
         if num_bytes > link.credit_bytes:
             link.await_since(self._now())
             return False
-        interval = (piece.first, end)
+        interval = (part.first_token, part.end)
         place, table = (piece.plane, piece.layer), transfer.order.block_table
-        slot, body = None, self._place.memory.contiguous(place, table, interval)
+        slot, body = None, self._memory.contiguous(place, table, interval)
         if body is None:
             if (slot := self._staging.acquire(num_bytes)) is None:
                 return False
             body = slot.view
-            self._place.memory.read_rows(place, table, interval, body)
+            self._memory.read_rows(place, table, interval, body)
         if state.note_sent():
             self._record("transfer.first_frame_sent", transfer)
-        name, tracker = link.send_fill(transfer.order.target, piece._replace(end=end), body)
+        name, tracker = link.send_fill(transfer.order.target, part, body)
         link.in_flight[name] = InFlight(transfer, num_bytes, slot, tracker)
         state.num_borrowed += slot is None
         link.await_since(self._now())
-        if end < piece.end:
-            state.pieces[0] = piece._replace(first=end)
-        else:
-            state.pieces.popleft()
+        state.pieces.popleft()
+        if part.end < piece.end:
+            state.pieces.appendleft(replace(piece, first_token=part.end, num_tokens=piece.end - part.end))
         return True
 
     def _send_commit(self, link: Link, transfer: OutgoingTransfer) -> bool:
         assert transfer.state.commit is not None, "has_work without pieces means a commit"
-        link.send_small(FrameKind.COMMIT, transfer.state.commit.encode(), transfer)
+        link.send_small(FrameKind.COMMIT, transfer.state.commit.encode(), transfer.order.target)
         transfer.state.commit_sent = True
         transfer.state.progress_at = self._now()
         return True
@@ -220,14 +225,8 @@ class Courier:
             frame.transfer.state.num_in_flight -= 1
             self._let_go(frame)
         if transfer := self._find(link, name):
-            self._place.counters.add(f"refused_by_peer.{abort.cause}" if abort.refused else "aborted_by_peer")
+            self.counters.add(f"refused_by_peer.{abort.cause}" if abort.refused else "aborted_by_peer")
             self._finish(transfer, f"refused: {abort.cause}" if abort.refused else f"aborted: {abort.cause}")
-
-    def _abort(self, transfer: OutgoingTransfer, reason: str, *, finished: bool) -> None:
-        link = self._link_of[transfer]
-        self._finish(transfer, reason)
-        body = Abort(reason, finished=finished).encode()
-        self._guard(link, lambda link: link.send_small(FrameKind.ABORT, body, transfer) or False)
 
     def _find(self, link: Link, name: FrameName) -> OutgoingTransfer | None:
         place = (name.transfer_id, name.attempt)
@@ -268,7 +267,7 @@ class Courier:
         if link := self._link_of.pop(transfer, None):
             link.transfers.discard(transfer)
             link.used_at = self._now()
-        self._place.counters.add("failed" if failure else "acked")
+        self.counters.add("failed" if failure else "acked")
         self._record("transfer.failed" if failure else "transfer.acked", transfer, failure)
         self._report_if_quiet(transfer)
 
@@ -284,6 +283,6 @@ class Courier:
 
     def _record(self, event: str, transfer: OutgoingTransfer, cause: str = "") -> None:
         target, request_id = transfer.order.target, transfer.order.request_id
-        self._place.ledger.record(
+        self._ledger.record(
             event, request_id=request_id, transfer_id=target.transfer_id, attempt=target.attempt, cause=cause
         )

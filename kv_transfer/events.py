@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.types import Extent, Token
-from kv_transfer.transfers import IncomingTransfer, StateChange, TransferStats
+from kv_transfer.transfers import IncomingTransfer, StateChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,12 +12,11 @@ class ClaimedTransfer:
     transfer_id: str
     request_id: str
     token: Token  # token 0
-    stats: TransferStats
 
     @classmethod
     def of(cls, transfer: IncomingTransfer) -> "ClaimedTransfer":
         assert transfer.commit is not None, "claimed by its commit"
-        return cls(transfer.transfer_id, transfer.request_id, transfer.commit.token, transfer.stats)
+        return cls(transfer.transfer_id, transfer.request_id, transfer.commit.token)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,15 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from isthmus.types import TransferTarget
-from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, FrameName, is_intact, seal
+from isthmus.types import Extent, TransferTarget
+from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, Buffer, FrameHeader, FrameKind, FrameName, is_intact, seal
 from kv_transfer.messages import decode_credit, encode_credit
-from kv_transfer.outgoing import OutgoingTransfer, Piece
+from kv_transfer.outgoing import OutgoingTransfer
 from kv_transfer.sockets import Context, open_dealer
 from kv_transfer.staging import StagingSlot
 
@@ -38,26 +39,13 @@ class InFlight:
     tracker: zmq.MessageTracker
 
 
-@dataclass(frozen=True, slots=True)
-class LinkIdentity:
-    """Both ends of a link, as every header on it states them."""
-
-    sender: bytes
-    receiver: bytes
-    fingerprint: bytes
-
-    @classmethod
-    def of(cls, sender: bytes, target: TransferTarget) -> "LinkIdentity":
-        """Raises ValueError for ids that are not hex."""
-        return cls(sender, bytes.fromhex(target.receiver_incarnation), bytes.fromhex(target.layout_fingerprint))
-
-
 class Link:
     """Used by the sender's thread only. Asks for credit as soon as it exists."""
 
-    def __init__(self, context: Context, endpoint: str, identity: LinkIdentity):
-        """Raises LinkLost for an endpoint that is none."""
-        self.identity = identity
+    def __init__(self, context: Context, sender: bytes, target: TransferTarget):
+        """Raises LinkLost for an endpoint that is none, ValueError for ids that are not hex."""
+        ends = (bytes.fromhex(target.layout_fingerprint), sender, bytes.fromhex(target.receiver_incarnation))
+        self._blank = FrameHeader(FrameKind.CREDIT, *ends)  # what every header on this link has in common
         self.credit_bytes = 0
         self.max_body_bytes = MAX_BODY_BYTES
         self.in_flight: dict[FrameName, InFlight] = {}
@@ -68,42 +56,27 @@ class Link:
         self.socket = open_dealer(context)
         self.monitor = self.socket.get_monitor_socket(_LOST_EVENTS)
         try:
-            if not endpoint.startswith("tcp://"):
-                raise LinkLost(f"not a tcp endpoint: {endpoint[:80]}")
-            self.socket.connect(endpoint)
+            if not target.zmq_endpoint.startswith("tcp://"):
+                raise LinkLost(f"not a tcp endpoint: {target.zmq_endpoint[:80]}")
+            self.socket.connect(target.zmq_endpoint)
         except (zmq.ZMQError, LinkLost) as error:
             self.close()
             raise LinkLost(f"cannot connect: {error}") from error
         self._has_window = False
         self.send_small(FrameKind.CREDIT, encode_credit(0))
 
-    def send_small(self, kind: FrameKind, body: bytes, transfer: OutgoingTransfer | None = None) -> None:
+    def send_small(self, kind: FrameKind, body: bytes, target: TransferTarget | None = None) -> None:
         """Commit, abort or a request for credit: these need none. Raises LinkLost."""
-        ends = self.identity
-        header = FrameHeader(kind, ends.fingerprint, ends.sender, ends.receiver, body_bytes=len(body))
-        if transfer is not None:
-            target = transfer.order.target
-            header = replace(header, transfer=bytes.fromhex(target.transfer_id), attempt=target.attempt)
+        header = self._header(kind, body, target)
         try:
             self.socket.send_multipart([seal(header, body), body], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             raise LinkLost(f"cannot send: {error}") from error
 
-    def send_fill(self, target: TransferTarget, piece: Piece, body: memoryview) -> tuple[FrameName, zmq.MessageTracker]:
+    def send_fill(self, target: TransferTarget, rows: Extent, body: memoryview) -> tuple[FrameName, zmq.MessageTracker]:
         """The body is read until the tracker is done. Raises LinkLost: the socket itself is never full."""
-        header = FrameHeader(
-            kind=FrameKind.FILL,
-            fingerprint=self.identity.fingerprint,
-            sender=self.identity.sender,
-            receiver=self.identity.receiver,
-            transfer=bytes.fromhex(target.transfer_id),
-            attempt=target.attempt,
-            plane=piece.plane,
-            layer=piece.layer,
-            first_token=piece.first,
-            num_tokens=piece.end - piece.first,
-            body_bytes=len(body),
-        )
+        place = {"plane": rows.plane, "layer": rows.layer, "first_token": rows.first_token}
+        header = self._header(FrameKind.FILL, body, target, num_tokens=rows.num_tokens, **place)
         try:
             self.socket.send(seal(header, body), _SEND_MORE)
             tracker = self.socket.send(body, zmq.NOBLOCK, copy=False, track=True)
@@ -147,6 +120,12 @@ class Link:
         self.monitor.close()
         self.socket.close()
 
+    def _header(self, kind: FrameKind, body: Buffer, target: TransferTarget | None, **place: int) -> FrameHeader:
+        fields: dict[str, Any] = {**place, "body_bytes": len(body)}
+        if target is not None:
+            fields |= {"transfer": bytes.fromhex(target.transfer_id), "attempt": target.attempt}
+        return replace(self._blank, kind=kind, **fields)
+
     def _verified(self, parts: list[bytes]) -> tuple[FrameHeader, bytes]:
         try:
             header = FrameHeader.decode(parts[0])
@@ -154,8 +133,8 @@ class Link:
             raise LinkLost(f"bad answer: {bad}") from bad
         if len(parts) != 2 or not is_intact(parts[0], parts[1]):
             raise LinkLost("bad answer: damaged")
-        ends = self.identity
-        is_ours = (header.sender, header.receiver, header.fingerprint) == (ends.receiver, ends.sender, ends.fingerprint)
+        ours = self._blank
+        is_ours = (header.sender, header.receiver, header.fingerprint) == (ours.receiver, ours.sender, ours.fingerprint)
         if not is_ours and header.kind is not FrameKind.ABORT:  # a refusal may come from whoever lives there now
             raise LinkLost("bad answer: of somebody else")
         return header, parts[1]

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 from isthmus.config import WorkerConfig
 from isthmus.kv_layout import KvLayout
@@ -15,7 +16,7 @@ from isthmus.log import get_logger
 from isthmus.types import BlockCounts
 from isthmus.v1 import admin_pb2
 from isthmus.worker_context import WorkerContext
-from kv_transfer.lease import LeaseKeeper, LeaseTimes
+from kv_transfer.lease import LeaseKeeper
 from kv_transfer.mirror import HandoffMirror
 from kv_transfer.ownership import (
     MAX_BLOCK_HASHES,
@@ -60,23 +61,23 @@ def find_conflict(layout: KvLayout, incarnation: str, others: Sequence[WorkerRec
     return None
 
 
+@dataclass(frozen=True, slots=True)
 class Membership:
     """Registers a worker while `join` is entered; `status` is its own part of GetStatus, asked by any thread."""
 
-    def __init__(self, config: WorkerConfig, context: WorkerContext, status: Status, open_store: OpenStore):
-        self._config = config
-        self._identity = context.identity
-        self._health = context.health
-        self._status = status
-        self._open_store = open_store
+    config: WorkerConfig
+    context: WorkerContext
+    status: Status
+    open_store: OpenStore
 
     @contextlib.asynccontextmanager
     async def join(self, store: OwnershipStore, layout: KvLayout, published: Published) -> AsyncIterator[None]:
         """Leases the record, then serves as soon as it is registered and its layout fits; ends the lease at the end."""
         keeper = LeaseKeeper(
-            lambda: self._open_store(self._config.redis_url),
+            lambda: self.open_store(self.config.redis_url),
             lambda: self._record(layout),
-            times=LeaseTimes(self._config.heartbeat_s, self._config.lease_s),
+            heartbeat_s=self.config.heartbeat_s,
+            ttl_s=self.config.lease_s,
             blocks=lambda: _snapshot(*published()),
         )
         keeper.start()
@@ -91,30 +92,28 @@ class Membership:
     async def _serve_when_layouts_agree(self, store: OwnershipStore, layout: KvLayout, keeper: LeaseKeeper) -> None:
         while True:
             with contextlib.suppress(StoreUnavailable):
-                conflict = find_conflict(layout, self._identity.incarnation, await store.list_workers())
+                conflict = find_conflict(layout, self.context.identity.incarnation, await store.list_workers())
                 if conflict is None and keeper.last_ok is not None:
-                    self._health.ready()
+                    self.context.health.ready()
                     keeper.renew_now()
                     return
-                self._wait_because(conflict or "not registered in Redis yet")
+                reason = conflict or "not registered in Redis yet"
+                if self.context.health.snapshot().reason != reason:
+                    log.info("membership.waiting", reason=reason)
+                self.context.health.not_ready(reason)
             await asyncio.sleep(REGISTER_POLL_S)
 
-    def _wait_because(self, reason: str) -> None:
-        if self._health.snapshot().reason != reason:
-            log.info("membership.waiting", reason=reason)
-        self._health.not_ready(reason)
-
     def _record(self, layout: KvLayout) -> WorkerRecord:
-        status, health = self._status(), self._health.snapshot()
+        status, health, identity = self.status(), self.context.health.snapshot(), self.context.identity
         blocks = status.blocks
         return WorkerRecord(
-            incarnation=self._identity.incarnation,
-            role=self._identity.role,
-            name=self._identity.name,
+            incarnation=identity.incarnation,
+            role=identity.role,
+            name=identity.name,
             pid=os.getpid(),
-            grpc_address=self._identity.grpc_address,
-            zmq_endpoint=self._identity.zmq_endpoint or None,
-            http_address=self._identity.http_address,
+            grpc_address=identity.grpc_address,
+            zmq_endpoint=identity.zmq_endpoint or None,
+            http_address=identity.http_address,
             layout=layout,
             numerics_digest=status.numerics_digest,
             numerics_ingredients=dict(status.numerics_ingredients),
@@ -126,5 +125,5 @@ class Membership:
             ),
             serving=health.serving,
             state=health.state.value,
-            seconds_since_progress=self._health.watch.seconds_since_progress,
+            seconds_since_progress=self.context.health.watch.seconds_since_progress,
         )

@@ -4,12 +4,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from isthmus.kv_layout import KvLayout
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.coverage import Coverage
 from kv_transfer.messages import Commit
+
+if TYPE_CHECKING:
+    from kv_transfer.courier import Courier
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +24,7 @@ class TransferOutcome:
     bytes: int  # of acknowledged rows
     frames: int  # acknowledged fill frames
     blocks: int  # blocks the rows of this transfer lie in
-    first_send_ns: int | None  # CLOCK_MONOTONIC
-    last_ack_ns: int | None
+    last_ack_ns: int | None  # CLOCK_MONOTONIC
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,36 +35,7 @@ class TransferOrder:
     request_id: str = ""
 
 
-class Piece(NamedTuple):
-    """Rows [first, end) of one plane and layer, computed and not sent yet."""
-
-    plane: int
-    layer: int
-    first: int
-    end: int
-
-
-class Opened(NamedTuple):
-    transfer: "OutgoingTransfer"
-
-
-class RowsReady(NamedTuple):
-    transfer: "OutgoingTransfer"
-    piece: Piece
-
-
-class CommitReady(NamedTuple):
-    transfer: "OutgoingTransfer"
-    token: Token
-
-
-class AbortWanted(NamedTuple):
-    transfer: "OutgoingTransfer"
-    reason: str
-    finished: bool
-
-
-Command = Opened | RowsReady | CommitReady | AbortWanted
+Command = Callable[["Courier"], None]  # run by the sender's thread
 
 
 class OutgoingTransfer:
@@ -77,22 +50,17 @@ class OutgoingTransfer:
     def transfer_id(self) -> str:
         return self.order.target.transfer_id
 
-    @property
-    def closed(self) -> bool:
-        """Nothing more is sent; on_done was called, or follows when ZeroMQ reads no block of it any more."""
-        return self.state.has_ended
-
     def rows_ready(self, plane: int, layer: int, first: int, n: int) -> None:
         """Positions [first, first + n) are final in the pool. Only what the target misses goes out, and only once."""
-        self._post(RowsReady(self, Piece(plane, layer, first, first + n)))
+        self._post(lambda courier: courier.add_rows(self, Extent(plane, layer, first, n)))
 
     def commit(self, token: Token) -> None:
         """Token 0, after the last rows_ready. on_done(acked=True) follows when the receiver has claimed."""
-        self._post(CommitReady(self, token))
+        self._post(lambda courier: courier.commit(self, token))
 
     def abort(self, reason: str, *, finished: bool = False) -> None:
         """Ends the transfer and tells the receiver to free; `finished`: the request needs no decode."""
-        self._post(AbortWanted(self, reason, finished))
+        self._post(lambda courier: courier.abort(self, reason, finished=finished))
 
 
 class OutgoingState:
@@ -100,7 +68,7 @@ class OutgoingState:
 
     def __init__(self, missing: tuple[Extent, ...], block_size: int):
         self.coverage = Coverage(missing)  # of rows handed in
-        self.pieces: deque[Piece] = deque()
+        self.pieces: deque[Extent] = deque()  # rows computed and not sent yet
         self.commit: Commit | None = None
         self.commit_sent = False
         self.num_in_flight = 0  # fill frames without an answer
@@ -112,7 +80,7 @@ class OutgoingState:
         self._blocks = {block for e in missing for block in range(e.first_token // block_size, -(-e.end // block_size))}
         self._acked_bytes = 0
         self._acked_frames = 0
-        self._first_send_ns: int | None = None
+        self._has_sent = False
         self._last_ack_ns: int | None = None
 
     @property
@@ -124,11 +92,11 @@ class OutgoingState:
         """Something could be sent now, credit and memory permitting."""
         return not self.has_ended and (bool(self.pieces) or (self.commit is not None and not self.commit_sent))
 
-    def add_rows(self, piece: Piece) -> None:
-        interval = (piece.first, piece.end)
-        for first, end in self.coverage.gaps(piece.plane, piece.layer, interval):
-            self.pieces.append(Piece(piece.plane, piece.layer, first, end))
-        self.coverage.cover(piece.plane, piece.layer, interval)
+    def add_rows(self, rows: Extent) -> None:
+        interval = (rows.first_token, rows.end)
+        for first, end in self.coverage.gaps(rows.plane, rows.layer, interval):
+            self.pieces.append(Extent(rows.plane, rows.layer, first, end - first))
+        self.coverage.cover(rows.plane, rows.layer, interval)
 
     def add_commit(self, token: Token) -> bool:
         """False if rows the receiver waits for were never handed in: a commit could not be honoured."""
@@ -138,10 +106,8 @@ class OutgoingState:
     def note_sent(self) -> bool:
         """A fill frame leaves; True for the first."""
         self.num_in_flight += 1
-        if self._first_send_ns is not None:
-            return False
-        self._first_send_ns = time.monotonic_ns()
-        return True
+        is_first, self._has_sent = not self._has_sent, True
+        return is_first
 
     def note_acked(self, num_bytes: int) -> None:
         self.num_in_flight -= 1
@@ -157,6 +123,5 @@ class OutgoingState:
             bytes=self._acked_bytes,
             frames=self._acked_frames,
             blocks=len(self._blocks),
-            first_send_ns=self._first_send_ns,
             last_ack_ns=self._last_ack_ns,
         )

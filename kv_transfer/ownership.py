@@ -1,7 +1,7 @@
 """Who is alive and who owns which blocks: discovery, placement hints and Resume look-up. Never a fence.
 
-The process that owns memory decides by itself; a store may be flushed, rolled back, slow, gone or lying. Two
-implementations obey one suite: `ownership_redis` and `ownership_memory`.
+The process that owns memory decides by itself; a store may be flushed, rolled back, slow, gone or lying. Redis and the
+twin that tests use in its place (`tests/ownership_memory.py`) obey one suite.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,6 +14,7 @@ from isthmus.config import ServiceConfig
 from isthmus.errors import CannotStart, IsthmusError
 from isthmus.kv_layout import KvLayout
 from isthmus.types import BlockCounts
+from kv_transfer.counters import Counters
 from kv_transfer.handoff import HandoffState
 
 BLOCK_HASH_BYTES = 16
@@ -116,8 +117,7 @@ class StreamHints(Protocol):
 class OwnershipStore(Protocol):
     """Every call is bounded in time and raises StoreUnavailable; values that make no sense are skipped and counted."""
 
-    @property
-    def counters(self) -> dict[str, int]: ...
+    counters: Counters
 
     @property
     def blocks(self) -> BlockIndex: ...

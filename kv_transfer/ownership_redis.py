@@ -28,13 +28,13 @@ from kv_transfer.ownership import (
     WorkerRecord,
 )
 from kv_transfer.records import (
-    BadRecord,
     decode_blocks,
     decode_handoff,
     decode_stream,
-    decode_worker,
     encode_blocks,
     encode_worker,
+    read_record,
+    read_workers,
 )
 
 Answer = TypeVar("Answer")
@@ -107,11 +107,7 @@ class RedisBlocks:
 
     async def find(self, incarnation: str) -> BlockSnapshot | None:
         raw: bytes | None = await self._connection.run(self._connection.client.get(f"blocks:{incarnation}"))
-        try:
-            return None if raw is None else decode_blocks(raw)
-        except BadRecord:
-            self._connection.counters.add("bad_record.blocks")
-            return None
+        return read_record("blocks", decode_blocks, raw, self._connection.counters)
 
 
 class RedisStreams:
@@ -130,11 +126,7 @@ class RedisStreams:
 
     async def find(self, request_id: str) -> str | None:
         raw: bytes | None = await self._connection.run(self._connection.client.get(f"stream:{request_id}"))
-        try:
-            return None if raw is None else decode_stream(raw)
-        except BadRecord:
-            self._connection.counters.add("bad_record.stream")
-            return None
+        return read_record("stream", decode_stream, raw, self._connection.counters)
 
 
 class RedisOwnership:
@@ -142,14 +134,11 @@ class RedisOwnership:
 
     def __init__(self, url: str, *, timeout_s: float = 1.0):
         self._connection = _Connection(url, timeout_s)
+        self.counters = self._connection.counters
         self.blocks = RedisBlocks(self._connection)
         self.streams = RedisStreams(self._connection)
         self._begin_handoff = self._connection.script("begin_handoff")
         self._advance_handoff = self._connection.script("advance_handoff")
-
-    @property
-    def counters(self) -> dict[str, int]:
-        return self._connection.counters.read()
 
     async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
         async def put() -> None:
@@ -165,13 +154,7 @@ class RedisOwnership:
 
     async def list_workers(self) -> list[WorkerRecord]:
         raw = await self._connection.run(self._read_workers())
-        records: list[WorkerRecord] = []
-        for name, value in raw.items():
-            try:
-                records.append(decode_worker(value, name))
-            except BadRecord:
-                self._connection.counters.add("bad_record.worker")
-        return records
+        return read_workers(raw.items(), self.counters)
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
         owners = [record.state.value, record.request_id, record.decode, record.prefill or ""]
@@ -194,11 +177,7 @@ class RedisOwnership:
     async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
         command = self._connection.client.hgetall(f"handoff:{transfer_id}")
         raw: dict[bytes, bytes] = await self._connection.run(command)
-        try:
-            return decode_handoff(raw, transfer_id) if raw else None
-        except BadRecord:
-            self._connection.counters.add("bad_record.handoff")
-            return None
+        return read_record("handoff", lambda fields: decode_handoff(fields, transfer_id), raw or None, self.counters)
 
     async def ping(self) -> None:
         await self._connection.run(self._connection.client.ping())

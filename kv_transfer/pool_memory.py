@@ -4,7 +4,7 @@ Memory of one (plane, layer) is `[num_blocks, block_size, row_bytes]`, contiguou
 numpy call whatever their order: a call per block would give the GIL away, and wait for it, hundreds of times a frame.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -56,47 +56,39 @@ class PoolMemory:
         self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int], into: Buffer
     ) -> None:
         """Positions [first, end) of (plane, layer) into the start of `into`."""
-        blocks, body = self._blocks[place], np.frombuffer(into, dtype=np.uint8)
-        for at, ids, columns in self._pieces(place[0], block_table, interval):
-            size = len(ids) * (columns.stop - columns.start)
-            piece = body[at : at + size]
+        blocks = self._blocks[place]
+        for ids, columns, piece in self._pieces(place[0], block_table, interval, into):
             if run := _as_run(ids):
-                np.copyto(piece.reshape(len(ids), -1), blocks[run, columns])
+                np.copyto(piece, blocks[run, columns])
             else:  # "clip" writes straight into `out`; the table was checked
-                np.take(blocks, ids, axis=0, out=piece.reshape(len(ids), -1), mode="clip")
+                np.take(blocks, ids, axis=0, out=piece, mode="clip")
 
     def write_rows(
         self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int], body: Buffer
     ) -> None:
         """The start of `body` into positions [first, end) of (plane, layer)."""
-        blocks, source = self._blocks[place], np.frombuffer(body, dtype=np.uint8)
-        for at, ids, columns in self._pieces(place[0], block_table, interval):
-            size = len(ids) * (columns.stop - columns.start)
-            piece = source[at : at + size].reshape(len(ids), -1)
+        blocks = self._blocks[place]
+        for ids, columns, piece in self._pieces(place[0], block_table, interval, body):
             if run := _as_run(ids):
                 np.copyto(blocks[run, columns], piece)
             else:
                 blocks[ids] = piece
 
     def _pieces(
-        self, plane: int, block_table: Sequence[int], interval: tuple[int, int]
-    ) -> list[tuple[int, list[int], slice]]:
-        """(offset in the body, block ids, their columns): a partial first block, whole blocks, a partial last one."""
+        self, plane: int, block_table: Sequence[int], interval: tuple[int, int], body: Buffer
+    ) -> Iterator[tuple[list[int], slice, Bytes]]:
+        """(block ids, their columns, the body's part): a partial first block, whole blocks, a partial last one."""
         row_bytes, block_size = self.row_bytes(plane), self.layout.block_size
-        position, end = interval
-        pieces: list[tuple[int, list[int], slice]] = []
+        rest, (position, end) = np.frombuffer(body, dtype=np.uint8), interval
         while position < end:
             index, offset = divmod(position, block_size)
-            if offset == 0 and end - position >= block_size:
-                num_whole = (end - position) // block_size
-                ids, columns = list(block_table[index : index + num_whole]), slice(0, block_size * row_bytes)
-                stop = position + num_whole * block_size
-            else:
-                stop = min(end, position + block_size - offset)
-                ids, columns = [block_table[index]], slice(offset * row_bytes, (offset + stop - position) * row_bytes)
-            pieces.append(((position - interval[0]) * row_bytes, ids, columns))
-            position = stop
-        return pieces
+            num_whole = 0 if offset else (end - position) // block_size
+            num_rows = block_size if num_whole else min(end - position, block_size - offset)  # of each block
+            ids = list(block_table[index : index + max(num_whole, 1)])
+            size = len(ids) * num_rows * row_bytes
+            yield ids, slice(offset * row_bytes, (offset + num_rows) * row_bytes), rest[:size].reshape(len(ids), -1)
+            rest = rest[size:]
+            position += len(ids) * num_rows
 
 
 def _as_run(ids: list[int]) -> slice | None:

@@ -7,7 +7,7 @@ Other threads reserve, rearm, cancel and release. The lock guards the state mach
 import threading
 from collections import deque
 from contextlib import suppress
-from typing import NamedTuple, Self
+from typing import Self
 
 import zmq
 
@@ -20,21 +20,14 @@ from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions,
 from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, FrameName, Refusal, is_intact
 from kv_transfer.handoff import HandoffState
 from kv_transfer.messages import Abort, Commit, decode_credit
-from kv_transfer.peers import Peers
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.replies import Replies
 from kv_transfer.sockets import bind_router
-from kv_transfer.transfers import Accept, IncomingTransfer, IncomingTransfers, Refuse, Reservation, StateChange
+from kv_transfer.transfers import Accept, IncomingTransfer, IncomingTransfers, Reservation, StateChange
 from kv_transfer.wake import Waker
 
 _TICK_MS = 100  # resolution of fill deadlines
 _MAX_BURST = 32  # messages taken before notices and deadlines get their turn
-
-
-class _Notice(NamedTuple):
-    link: bytes  # to be told that
-    transfer: IncomingTransfer  # ended here,
-    cause: str  # and why
 
 
 class Receiver:
@@ -56,12 +49,13 @@ class Receiver:
         self._fingerprint = bytes.fromhex(memory.layout.fingerprint)
         self._ledger = ledger
         self._events = events
-        self._counts = Counters()
+        self.counters = Counters()
         self._lock = threading.Condition()
         self._writing: str | None = None
         self._links: dict[str, bytes] = {}  # open transfer -> routing id that last brought a verified frame
         self._claimed: deque[IncomingTransfer] = deque()
-        self._notices: deque[_Notice] = deque()  # at most one per transfer
+        # (link to be told, transfer that ended here, why); at most one per transfer
+        self._notices: deque[tuple[bytes, IncomingTransfer, str]] = deque()
         self._transfers = IncomingTransfers(
             memory.layout,
             clock or SystemClock(),
@@ -72,16 +66,12 @@ class Receiver:
         self._context, self._socket = bind_router(options.host, options.port)
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         widest = max(plane.row_bytes for plane in memory.layout.planes)
-        peers = Peers(max(options.credit_bytes, 4 * widest), options.max_peers)
-        self._replies = Replies(self._socket, self._incarnation, self._fingerprint, peers, self._counts)
+        window_bytes, ends = max(options.credit_bytes, 4 * widest), (self._incarnation, self._fingerprint)
+        self._replies = Replies(self._socket, *ends, self.counters, window_bytes, options.max_peers)
         self._waker = Waker()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kv-receiver", daemon=True)
         self._thread.start()
-
-    @property
-    def counters(self) -> dict[str, int]:
-        return self._counts.read()
 
     def reserve(self, reservation: Reservation) -> None:
         """Rows of `reservation.missing` may now be written. Any thread. Raises as IncomingTransfers.reserve."""
@@ -156,7 +146,7 @@ class Receiver:
                 raise BadFrame(Refusal.MALFORMED)
             header = FrameHeader.decode(parts[1].buffer)
         except BadFrame as bad:  # nothing in it can be believed, not even which transfer to answer about
-            self._counts.add(f"refused.{bad.refusal.value}")
+            self.counters.add(f"refused.{bad.refusal.value}")
             return
         link, body = parts[0].bytes, parts[2].buffer
         try:
@@ -196,22 +186,19 @@ class Receiver:
 
     def _fill(self, link: bytes, header: FrameHeader, raw_header: bytes, body: memoryview) -> None:
         with self._lock:
-            accept = _accepted(self._transfers.check(header))
+            accept = self._transfers.check(header)
             self._writing = header.transfer_id
-        outcome: Accept | Refuse | None = None
         try:
             if not is_intact(raw_header, body):
                 raise BadFrame(Refusal.BAD_CHECKSUM)
             self._write_gaps(accept, header, body)
             with self._lock:
-                outcome = self._transfers.filled(header)
-                if isinstance(outcome, Accept) and not outcome.transfer.state.is_final:
-                    self._links[header.transfer_id] = link
+                self._transfers.filled(header)
+                self._links[header.transfer_id] = link
         finally:
             with self._lock:
                 self._writing = None
                 self._lock.notify_all()
-        _accepted(outcome)
         self._replies.ack(link, header.name)
         if accept.gaps and accept.transfer.coverage.is_complete:
             self._record("transfer.covered", accept.transfer)
@@ -226,7 +213,7 @@ class Receiver:
         commit = Commit.decode(body)
         with self._lock:
             was_claimed = (known := self._transfers.find(header.transfer_id)) and known.state is HandoffState.CLAIMED
-            _accepted(self._transfers.committed(header, commit))
+            self._transfers.committed(header, commit)
             self._links[header.transfer_id] = link
         if was_claimed:  # otherwise acknowledged when the rows are there
             self._replies.ack(link, header.name)
@@ -234,7 +221,7 @@ class Receiver:
     def _abort(self, link: bytes, header: FrameHeader, body: memoryview) -> None:
         notice = Abort.decode(body)
         with self._lock:
-            _accepted(self._transfers.check(header))
+            self._transfers.check(header)
             self._links.pop(header.transfer_id, None)  # the sender knows
             ended = self._transfers.abort(header.transfer_id, notice.cause)
         self._replies.ack(link, header.name)
@@ -263,7 +250,7 @@ class Receiver:
                 self._events.on_ready(ClaimedTransfer.of(transfer))
 
     def _report_failure(self, transfer: IncomingTransfer, reason: str, *, finished: bool = False) -> None:
-        self._counts.add("finished" if finished else "failed")
+        self.counters.add("finished" if finished else "failed")
         self._events.on_failed(FailedTransfer.of(transfer, reason, finished=finished))
 
     def _note_change(self, change: StateChange) -> None:
@@ -278,7 +265,7 @@ class Receiver:
         if state.is_final:
             link = self._links.pop(transfer.transfer_id, None)
             if link is not None and state is HandoffState.ABORTED:
-                self._notices.append(_Notice(link, transfer, change.cause))
+                self._notices.append((link, transfer, change.cause))
         self._events.on_state(change)
 
     def _record(self, event: str, transfer: IncomingTransfer, cause: str = "") -> None:
@@ -288,11 +275,5 @@ class Receiver:
             transfer_id=transfer.transfer_id,
             attempt=transfer.attempt,
             cause=cause,
-            bytes=transfer.stats.num_bytes,
+            bytes=transfer.num_bytes,
         )
-
-
-def _accepted(verdict: Accept | Refuse | None) -> Accept:
-    if isinstance(verdict, Accept):
-        return verdict
-    raise BadFrame(verdict.refusal if verdict else Refusal.INTERNAL)

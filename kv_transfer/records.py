@@ -1,63 +1,66 @@
 """Ownership records as JSON and packed bytes. What comes back from a store is checked field by field, never trusted."""
 
-import json
 import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from typing import Any, cast
+from functools import partial
+from typing import TypeVar, cast
 
-from isthmus.kv_layout import DTYPE_BYTES, KvLayout, Plane, PlaneKind
-from isthmus.types import BlockCounts
+from pydantic import TypeAdapter, ValidationError
+
+from isthmus.kv_layout import DTYPE_BYTES
+from kv_transfer.counters import Counters
 from kv_transfer.handoff import HandoffState
-from kv_transfer.ownership import (
-    BLOCK_HASH_BYTES,
-    MAX_BLOCK_HASHES,
-    BlockSnapshot,
-    HandoffRecord,
-    WorkerLoad,
-    WorkerRecord,
-)
+from kv_transfer.ownership import BLOCK_HASH_BYTES, MAX_BLOCK_HASHES, BlockSnapshot, HandoffRecord, WorkerRecord
 
 MAX_RECORD_BYTES = 64 * 2**10
 _SEQUENCE = struct.Struct("<Q")
 _HEX = frozenset("0123456789abcdef")
+_WORKER = TypeAdapter(WorkerRecord)
 
-Fields = dict[str, Any]
+Raw = TypeVar("Raw")
+Record = TypeVar("Record")
 
 
 class BadRecord(Exception):
     """A stored value that no version of ours wrote."""
 
 
+def read_record(kind: str, decode: Callable[[Raw], Record], raw: Raw | None, counters: Counters) -> Record | None:
+    """None for no value, and for one that makes no sense, which is counted as `bad_record.{kind}`."""
+    try:
+        return None if raw is None else decode(raw)
+    except BadRecord:
+        counters.add(f"bad_record.{kind}")
+        return None
+
+
 def encode_worker(record: WorkerRecord) -> bytes:
-    fields = asdict(record)
-    for plane in fields["layout"]["planes"]:
-        plane["kind"] = plane["kind"].value
-    return json.dumps(fields, separators=(",", ":")).encode()
+    return _WORKER.dump_json(record)
 
 
 def decode_worker(raw: bytes, incarnation: str) -> WorkerRecord:
     """Raises BadRecord. The record must speak of the incarnation it is filed under."""
-    fields = _parse(raw)
-    if _incarnation(_text(fields, "incarnation")) != incarnation:
+    if len(raw) > MAX_RECORD_BYTES:
+        raise BadRecord("too long")
+    try:
+        record = _WORKER.validate_json(raw, strict=True)
+    except ValidationError as error:
+        raise BadRecord(str(error)) from error
+    if _incarnation(record.incarnation) != incarnation:
         raise BadRecord("filed under another incarnation")
-    endpoint = fields.get("zmq_endpoint")
-    return WorkerRecord(
-        incarnation=incarnation,
-        role=_one_of(_text(fields, "role"), ("prefill", "decode")),
-        name=_text(fields, "name"),
-        pid=_count(fields, "pid"),
-        grpc_address=_text(fields, "grpc_address"),
-        zmq_endpoint=None if endpoint is None else _text(fields, "zmq_endpoint"),
-        http_address=_text(fields, "http_address"),
-        layout=_layout(_object(fields, "layout")),
-        numerics_digest=_text(fields, "numerics_digest"),
-        numerics_ingredients=_texts(fields, "numerics_ingredients"),
-        model_digest=_text(fields, "model_digest"),
-        load=_load(_object(fields, "load")),
-        serving=_flag(fields, "serving"),
-        state=_text(fields, "state"),
-        seconds_since_progress=_seconds(fields, "seconds_since_progress"),
-    )
+    dtypes = {plane.dtype for plane in record.layout.planes}
+    if record.role not in ("prefill", "decode") or not dtypes <= DTYPE_BYTES.keys():
+        raise BadRecord("a role or dtype of no version of ours")
+    if not all(0 <= number < 2**53 for number in _numbers(asdict(record))):
+        raise BadRecord("a count or span below zero or beyond reason")
+    return record
+
+
+def read_workers(raw: Iterable[tuple[str, bytes]], counters: Counters) -> list[WorkerRecord]:
+    """Those that make sense, of values by incarnation."""
+    found = (read_record("worker", partial(decode_worker, incarnation=name), value, counters) for name, value in raw)
+    return [record for record in found if record is not None]
 
 
 def encode_blocks(snapshot: BlockSnapshot) -> bytes:
@@ -97,86 +100,18 @@ def decode_stream(raw: bytes) -> str:
         raise BadRecord(str(error)) from error
 
 
-def _parse(raw: bytes) -> Fields:
-    if len(raw) > MAX_RECORD_BYTES:
-        raise BadRecord("too long")
-    try:
-        fields = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("not JSON") from error
-    if not isinstance(fields, dict):
-        raise BadRecord("not an object")
-    return cast(Fields, fields)
-
-
 def _incarnation(text: str) -> str:
     if len(text) != 32 or not _HEX.issuperset(text):
         raise BadRecord("an incarnation is 32 hex digits")
     return text
 
 
-def _object(fields: Fields, name: str) -> Fields:
-    value = fields.get(name)
-    if not isinstance(value, dict):
-        raise BadRecord(f"{name} is no object")
-    return cast(Fields, value)
-
-
-def _text(fields: Fields, name: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str):
-        raise BadRecord(f"{name} is no text")
-    return value
-
-
-def _texts(fields: Fields, name: str) -> dict[str, str]:
-    values = _object(fields, name)
-    return {key: _text(values, key) for key in values}
-
-
-def _one_of(value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise BadRecord(f"{value[:20]} is none of {allowed}")
-    return value
-
-
-def _count(fields: Fields, name: str) -> int:
-    value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
-        raise BadRecord(f"{name} is no count")
-    return value
-
-
-def _flag(fields: Fields, name: str) -> bool:
-    value = fields.get(name)
-    if not isinstance(value, bool):
-        raise BadRecord(f"{name} is no flag")
-    return value
-
-
-def _seconds(fields: Fields, name: str) -> float:
-    value = fields.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e12:
-        raise BadRecord(f"{name} is no span")
-    return float(value)
-
-
-def _layout(fields: Fields) -> KvLayout:
-    planes = fields.get("planes")
-    if not isinstance(planes, list):
-        raise BadRecord("planes is no list")
-    parsed = tuple(_plane(cast(Fields, plane)) for plane in cast(list[object], planes) if isinstance(plane, dict))
-    return KvLayout(_text(fields, "model_digest"), parsed, _count(fields, "block_size"), _count(fields, "wire_version"))
-
-
-def _plane(fields: Fields) -> Plane:
-    kind = PlaneKind(_one_of(_text(fields, "kind"), tuple(kind.value for kind in PlaneKind)))
-    dtype = _one_of(_text(fields, "dtype"), tuple(DTYPE_BYTES))
-    return Plane(_text(fields, "name"), kind, _count(fields, "num_layers"), _count(fields, "row_elements"), dtype)
-
-
-def _load(fields: Fields) -> WorkerLoad:
-    blocks = _object(fields, "blocks")
-    names = ("total", "free", "cached", "referenced", "draining")
-    counts = BlockCounts(**{name: _count(blocks, name) for name in names})
-    return WorkerLoad(counts, _count(fields, "num_streams"), _count(fields, "num_queued"))
+def _numbers(value: object) -> Iterator[float]:
+    """Every number in nested dictionaries and sequences."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, dict):
+        yield from _numbers(list(cast("dict[str, object]", value).values()))
+    elif isinstance(value, list | tuple):
+        for item in cast("list[object]", value):
+            yield from _numbers(item)

@@ -1,40 +1,49 @@
 """What a receiver answers: acks with credit, and refusals, each on the link its frame came from."""
 
+from dataclasses import dataclass, field
+
 import zmq
 
 from kv_transfer.counters import Counters
 from kv_transfer.frames import NO_TRANSFER, BadFrame, FrameHeader, FrameKind, FrameName, Refusal, seal
 from kv_transfer.messages import Abort, encode_credit
-from kv_transfer.peers import Peer, Peers
+from kv_transfer.peers import Peer
 from kv_transfer.sockets import Socket
 
 
+@dataclass(eq=False, slots=True)
 class Replies:
     """Never blocks: an answer to a link that is gone or does not read is dropped and counted. One thread.
 
+    At most `max_peers` links, each with `window_bytes` of credit: what an honest sender can make a receiver hold.
     Acks are gathered and sent by `flush`, at the end of a burst of messages or when a quarter of the window is owed.
     """
 
-    def __init__(self, socket: Socket, incarnation: bytes, fingerprint: bytes, peers: Peers, counters: Counters):
-        self._socket = socket
-        self._incarnation = incarnation
-        self._fingerprint = fingerprint
-        self._peers = peers
-        self._counters = counters
-        self._waiting: set[bytes] = set()  # links with something to be told
+    socket: Socket
+    incarnation: bytes  # this receiver's
+    fingerprint: bytes  # of its layout
+    counters: Counters
+    window_bytes: int
+    max_peers: int
+    _peers: dict[bytes, Peer] = field(default_factory=dict[bytes, Peer], init=False)  # by routing id
+    _waiting: set[bytes] = field(default_factory=set[bytes], init=False)  # links with something to be told
 
     def admit(self, link: bytes, header: FrameHeader) -> None:
-        """A link asks for credit. Raises BadFrame when there is no room for one more."""
-        if self._peers.is_full and self._peers.find(link) is None:
+        """Grants the window to a link that asks, nothing when it asks again. Raises BadFrame when there is no room."""
+        if link in self._peers:
+            self._grant(link, header.sender, 0)
+            return
+        if len(self._peers) >= self.max_peers:
             self._forget_unreachable()
-            if self._peers.is_full:
+            if len(self._peers) >= self.max_peers:
                 raise BadFrame(Refusal.TOO_MANY_PEERS)
-        self._grant(link, header.sender, self._peers.admit(link, header.sender))
+        self._peers[link] = Peer(header.sender, self.window_bytes)
+        self._grant(link, header.sender, self.window_bytes)
 
     def spend(self, link: bytes, sender: bytes, num_bytes: int) -> None:
         """Raises BadFrame for a link that has no credit for what it sent, or speaks for another incarnation."""
-        peer = self._peers.find(link)
-        if peer is None or not self._peers.spend(peer, num_bytes):
+        peer = self._peers.get(link)
+        if peer is None or not peer.spend(num_bytes):
             raise BadFrame(Refusal.NO_CREDIT)
         self._waiting.add(link)
         if peer.incarnation != sender:
@@ -42,37 +51,34 @@ class Replies:
 
     def ack(self, link: bytes, name: FrameName) -> None:
         """The frame is accepted; its sender is told by the next flush."""
-        if (peer := self._peers.find(link)) is not None:
+        if (peer := self._peers.get(link)) is not None:
             peer.accepted.append(name)
             self._waiting.add(link)
-            if self._peers.is_answer_due(peer):
-                self._flush_link(link, peer)
+            if peer.is_answer_due:
+                self._flush_link(link)
 
     def refuse(self, link: bytes, header: FrameHeader, refusal: Refusal) -> None:
-        self._counters.add(f"refused.{refusal.value}")
+        self.counters.add(f"refused.{refusal.value}")
         self._abort(link, header, Abort(refusal.value, refused=header.kind))
 
     def abort(self, link: bytes, transfer: bytes, attempt: int, cause: str) -> None:
         """Tells the sender that the transfer ended here."""
-        peer = self._peers.find(link)
+        peer = self._peers.get(link)
         if peer is not None:
-            header = FrameHeader(FrameKind.ABORT, self._fingerprint, peer.incarnation, bytes(16), transfer, attempt)
+            header = FrameHeader(FrameKind.ABORT, self.fingerprint, peer.incarnation, bytes(16), transfer, attempt)
             self._abort(link, header, Abort(cause))
 
     def flush(self) -> None:
         while self._waiting:
-            link = self._waiting.pop()
-            if (peer := self._peers.find(link)) is not None:
-                self._flush_link(link, peer)
+            self._flush_link(self._waiting.pop())
 
-    def _flush_link(self, link: bytes, peer: Peer) -> None:
-        if (answer := self._peers.take_answer(peer)) is not None:
+    def _flush_link(self, link: bytes) -> None:
+        if (peer := self._peers.get(link)) is not None and (answer := peer.take_answer()) is not None:
             self._send(link, FrameKind.ACK, peer.incarnation, FrameName(0, NO_TRANSFER, 0), answer.encode())
 
     def _abort(self, link: bytes, about: FrameHeader, abort: Abort) -> None:
         """Echoes the frame's name to whoever sent it, after the acks that came before."""
-        if (peer := self._peers.find(link)) is not None:
-            self._flush_link(link, peer)
+        self._flush_link(link)
         self._send(link, FrameKind.ABORT, about.sender, about.name, abort.encode())
 
     def _grant(self, link: bytes, incarnation: bytes, num_bytes: int) -> None:
@@ -80,17 +86,17 @@ class Replies:
 
     def _send(self, link: bytes, kind: FrameKind, receiver: bytes, name: FrameName, body: bytes) -> None:
         _, transfer, attempt, *place = name
-        ends = (self._fingerprint, self._incarnation, receiver)
+        ends = (self.fingerprint, self.incarnation, receiver)
         header = FrameHeader(kind, *ends, transfer, attempt, *place, body_bytes=len(body))
         try:
-            self._socket.send_multipart([link, seal(header, body), body], zmq.NOBLOCK)
+            self.socket.send_multipart([link, seal(header, body), body], zmq.NOBLOCK)
         except zmq.Again:
-            self._counters.add("dropped.slow_link")
+            self.counters.add("dropped.slow_link")
         except zmq.ZMQError:  # ROUTER_MANDATORY: the connection is gone
-            self._counters.add("dropped.lost_link")
-            self._peers.drop(link)
+            self.counters.add("dropped.lost_link")
+            self._peers.pop(link, None)
 
     def _forget_unreachable(self) -> None:
         """A grant of nothing, sent to every link, drops those whose connection is gone."""
-        for link in self._peers.routing_ids():
-            self._grant(link, self._incarnation, 0)
+        for link in list(self._peers):
+            self._grant(link, self.incarnation, 0)

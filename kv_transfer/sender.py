@@ -12,11 +12,9 @@ from isthmus.clock import Clock, SystemClock
 from isthmus.errors import LayoutMismatch, Overloaded
 from isthmus.ledger import Ledger
 from isthmus.types import TransferTarget
-from kv_transfer.counters import Counters
-from kv_transfer.courier import Courier, SenderOptions, Workplace
-from kv_transfer.outgoing import Command, Opened, OutgoingTransfer, TransferOrder, TransferOutcome
+from kv_transfer.courier import Courier, SenderOptions
+from kv_transfer.outgoing import Command, OutgoingTransfer, TransferOrder, TransferOutcome
 from kv_transfer.pool_memory import PoolMemory
-from kv_transfer.wake import Waker
 
 _TICK_MS = 100  # resolution of deadlines
 
@@ -34,23 +32,17 @@ class Sender:
         clock: Clock | None = None,
     ):
         self._memory = memory
-        self._counts = Counters()
+        self._ledger = ledger
         options = options or SenderOptions()
         self._max_transfers = options.max_transfers
-        self._place = Workplace(
-            bytes.fromhex(incarnation), memory, ledger, clock or SystemClock(), self._counts, options
-        )
+        self._courier = Courier(bytes.fromhex(incarnation), memory, ledger, clock or SystemClock(), options)
+        self.counters = self._courier.counters
         self._commands: deque[Command] = deque()  # bounded by max_transfers and the pieces of a transfer
         self._lock = threading.Lock()
         self._num_open = 0
         self._stopping = False
-        self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name="kv-sender", daemon=True)
         self._thread.start()
-
-    @property
-    def counters(self) -> dict[str, int]:
-        return self._counts.read()
 
     def open(
         self,
@@ -82,8 +74,8 @@ class Sender:
             if self._stopping or self._num_open >= self._max_transfers:
                 raise Overloaded("no more transfers can be opened", retry_after_s=1.0)
             self._num_open += 1
-            self._commands.append(Opened(transfer))
-        self._waker.wake()
+            self._commands.append(lambda courier: courier.open(transfer))
+        self._courier.waker.wake()
         return transfer
 
     def close(self) -> None:
@@ -92,9 +84,9 @@ class Sender:
             if self._stopping:
                 return
             self._stopping = True
-        self._waker.wake()
+        self._courier.waker.wake()
         self._thread.join()
-        self._waker.close()
+        self._courier.waker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -104,25 +96,22 @@ class Sender:
 
     def _post(self, command: Command) -> None:
         self._commands.append(command)
-        self._waker.wake()
+        self._courier.waker.wake()
 
     def _run(self) -> None:
-        courier = Courier(self._place, self._waker.fd)
-        more = False
+        courier, more = self._courier, False
         while not self._stopping:
             speaking = courier.wait(0 if more else _TICK_MS)
-            if self._waker.fd in speaking:
-                self._waker.clear()
             try:
-                self._handle_commands(courier)
+                self._handle_commands()
                 more = courier.turn(speaking)
                 courier.check_deadlines()
             except Exception as error:  # noqa: BLE001 - the thread's root: what is open fails, what comes is served
-                self._place.ledger.record("transfer.error", cause=repr(error))
+                self._ledger.record("transfer.error", cause=repr(error))
                 courier.fail_all(f"internal error ({type(error).__name__})")
-        self._handle_commands(courier)  # what was opened before the stop still gets its on_done
+        self._handle_commands()  # what was opened before the stop still gets its on_done
         courier.close()
 
-    def _handle_commands(self, courier: Courier) -> None:
+    def _handle_commands(self) -> None:
         while self._commands:
-            courier.handle(self._commands.popleft())
+            self._commands.popleft()(self._courier)

@@ -22,10 +22,6 @@ class Staging:
         self._memory = np.zeros(_num_pages(capacity_bytes) * _PAGE_BYTES, dtype=np.uint8).data
         self._free: list[tuple[int, int]] = [(0, _num_pages(capacity_bytes))]  # (first page, end), sorted, not touching
 
-    @property
-    def free_bytes(self) -> int:
-        return sum(end - first for first, end in self._free) * _PAGE_BYTES
-
     def acquire(self, num_bytes: int) -> StagingSlot | None:
         """None when no run of free pages is long enough."""
         need = _num_pages(num_bytes)

@@ -14,7 +14,7 @@ from isthmus.errors import Overloaded, StaleOwner
 from isthmus.kv_layout import KvLayout
 from isthmus.types import Extent
 from kv_transfer.coverage import Coverage, Interval, normalised
-from kv_transfer.frames import FrameHeader, FrameKind, Refusal
+from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, Refusal
 from kv_transfer.handoff import HandoffState, is_allowed
 from kv_transfer.messages import Commit
 
@@ -35,14 +35,6 @@ class Reservation:
     deadline: float  # Clock.now() at which the fill has failed
 
 
-@dataclass(frozen=True, slots=True)
-class TransferStats:
-    num_bytes: int = 0  # rows written
-    num_frames: int = 0  # fill frames that brought something new
-    first_frame_at: float | None = None  # Clock.now()
-    claimed_at: float | None = None
-
-
 @dataclass(slots=True)
 class IncomingTransfer:
     """One reservation and what has come of it; owned by IncomingTransfers."""
@@ -54,7 +46,7 @@ class IncomingTransfer:
     state: HandoffState = HandoffState.RESERVED
     sender: bytes | None = None  # incarnation, known from the first verified frame of the attempt
     commit: Commit | None = None
-    stats: TransferStats = field(default_factory=TransferStats)
+    num_bytes: int = 0  # of rows written
 
     @property
     def transfer_id(self) -> str:
@@ -80,32 +72,18 @@ class Accept:
     gaps: tuple[Interval, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    refusal: Refusal
-
-
+@dataclass(eq=False, slots=True)
 class IncomingTransfers:
     """Live transfers and tombstones, both bounded. `on_change` hears every state change, in order."""
 
-    def __init__(
-        self,
-        layout: KvLayout,
-        clock: "Clock",
-        *,
-        on_change: Callable[[StateChange], None],
-        max_transfers: int = 1024,
-        max_tombstones: int = 8192,
-    ):
-        self._layout = layout
-        self._clock = clock
-        self._on_change = on_change
-        self._max_transfers = max_transfers
-        self._max_tombstones = max_tombstones
-        self._transfers: dict[str, IncomingTransfer] = {}
-        self._tombstones: OrderedDict[str, float] = (
-            OrderedDict()
-        )  # transfer id -> Clock.now() at which it may be forgotten
+    layout: KvLayout
+    clock: "Clock"
+    on_change: Callable[[StateChange], None]
+    max_transfers: int = 1024
+    max_tombstones: int = 8192
+    _transfers: dict[str, IncomingTransfer] = field(default_factory=dict[str, IncomingTransfer], init=False)
+    # transfer id -> Clock.now() at which it is forgotten
+    _tombstones: OrderedDict[str, float] = field(default_factory=OrderedDict[str, float], init=False)
 
     def __len__(self) -> int:
         return len(self._transfers)
@@ -118,61 +96,58 @@ class IncomingTransfers:
         transfer_id = reservation.transfer_id
         if transfer_id in self._transfers or transfer_id in self._tombstones:
             raise StaleOwner(f"transfer {transfer_id} was reserved or cancelled before")
-        if len(self._transfers) >= self._max_transfers:
-            raise Overloaded(f"{self._max_transfers} transfers are open")
+        if len(self._transfers) >= self.max_transfers:
+            raise Overloaded(f"{self.max_transfers} transfers are open")
         self._check_extents(reservation)
         coverage = Coverage(reservation.missing)
         transfer = IncomingTransfer(reservation, reservation.attempt, coverage, coverage.missing())
         self._transfers[transfer_id] = transfer
-        self._on_change(StateChange(transfer, None))
+        self.on_change(StateChange(transfer, None))
 
-    def check(self, header: FrameHeader) -> Accept | Refuse:
-        """Everything about a FILL, COMMIT or ABORT frame that can be known before its checksum. Changes nothing."""
+    def check(self, header: FrameHeader) -> Accept:
+        """Everything about a FILL, COMMIT or ABORT frame that can be known before its checksum. Changes nothing.
+
+        Raises BadFrame, as `filled` and `committed` do.
+        """
         transfer = self._transfers.get(header.transfer_id)
         if transfer is None:
-            return Refuse(Refusal.LATE if header.transfer_id in self._tombstones else Refusal.UNKNOWN_TRANSFER)
+            raise BadFrame(Refusal.LATE if header.transfer_id in self._tombstones else Refusal.UNKNOWN_TRANSFER)
         if header.attempt != transfer.attempt:
-            return Refuse(Refusal.OLD_ATTEMPT if header.attempt < transfer.attempt else Refusal.FUTURE_ATTEMPT)
+            raise BadFrame(Refusal.OLD_ATTEMPT if header.attempt < transfer.attempt else Refusal.FUTURE_ATTEMPT)
         if transfer.sender is not None and header.sender != transfer.sender:
-            return Refuse(Refusal.WRONG_SENDER)
+            raise BadFrame(Refusal.WRONG_SENDER)
         if header.kind is not FrameKind.FILL:
             return Accept(transfer)
         return self._check_range(transfer, header)
 
-    def filled(self, header: FrameHeader) -> Accept | Refuse:
+    def filled(self, header: FrameHeader) -> Accept:
         """The frame's gaps were written. The transfer may have been cancelled since `check`: then nothing changes."""
-        verdict = self.check(header)
-        if isinstance(verdict, Refuse) or not verdict.gaps:
-            return verdict
-        transfer = verdict.transfer
-        row_bytes = self._layout.planes[header.plane].row_bytes
+        accept = self.check(header)
+        if not accept.gaps:
+            return accept
+        transfer = accept.transfer
+        row_bytes = self.layout.planes[header.plane].row_bytes
         self._begin_filling(transfer, header)
-        stats = transfer.stats
-        num_bytes = sum(end - first for first, end in verdict.gaps) * row_bytes
-        transfer.stats = replace(stats, num_bytes=stats.num_bytes + num_bytes, num_frames=stats.num_frames + 1)
+        transfer.num_bytes += sum(end - first for first, end in accept.gaps) * row_bytes
         transfer.coverage.cover(header.plane, header.layer, (header.first_token, header.end_token))
         self._claim_if_complete(transfer)
-        return verdict
+        return accept
 
-    def committed(self, header: FrameHeader, commit: Commit) -> Accept | Refuse:
+    def committed(self, header: FrameHeader, commit: Commit) -> None:
         """The commit came; it waits for the rows. A second one changes nothing."""
-        verdict = self.check(header)
-        if isinstance(verdict, Refuse):
-            return verdict
-        transfer = verdict.transfer
+        transfer = self.check(header).transfer
         if normalised(commit.extents) != transfer.expected:
-            return Refuse(Refusal.WRONG_EXTENTS)
+            raise BadFrame(Refusal.WRONG_EXTENTS)
         if transfer.commit is None:
             self._begin_filling(transfer, header)
             transfer.commit = commit
             self._claim_if_complete(transfer)
-        return verdict
 
     def abort(self, transfer_id: str, cause: str) -> IncomingTransfer | None:
         """Ends an unclaimed transfer. An id never seen gets a tombstone; a claimed one is left alone."""
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
-            self._bury(transfer_id, self._clock.now() + UNRESERVED_FILL_S)
+            self._bury(transfer_id, self.clock.now() + UNRESERVED_FILL_S)
             return None
         if transfer.state is HandoffState.CLAIMED:
             return None
@@ -198,12 +173,12 @@ class IncomingTransfers:
         transfer.reservation = replace(transfer.reservation, deadline=deadline)
         transfer.attempt, transfer.sender, transfer.commit = attempt, None, None
         transfer.expected = transfer.coverage.missing()
-        self._on_change(StateChange(transfer, previous, "rearmed"))
+        self.on_change(StateChange(transfer, previous, "rearmed"))
         return transfer.expected
 
     def expire(self) -> list[IncomingTransfer]:
         """Aborts what missed its fill deadline and returns it; forgets old tombstones."""
-        now = self._clock.now()
+        now = self.clock.now()
         failed = [
             t for t in self._transfers.values() if t.state is not HandoffState.CLAIMED and t.reservation.deadline <= now
         ]
@@ -213,48 +188,46 @@ class IncomingTransfers:
             del self._tombstones[transfer_id]
         return failed
 
-    def _check_range(self, transfer: IncomingTransfer, header: FrameHeader) -> Accept | Refuse:
+    def _check_range(self, transfer: IncomingTransfer, header: FrameHeader) -> Accept:
         interval = (header.first_token, header.end_token)
         if not transfer.coverage.grants(header.plane, header.layer, interval):
-            return Refuse(Refusal.OUT_OF_RANGE)
-        if header.body_bytes != header.num_tokens * self._layout.planes[header.plane].row_bytes:
-            return Refuse(Refusal.BAD_BODY)
+            raise BadFrame(Refusal.OUT_OF_RANGE)
+        if header.body_bytes != header.num_tokens * self.layout.planes[header.plane].row_bytes:
+            raise BadFrame(Refusal.BAD_BODY)
         return Accept(transfer, tuple(transfer.coverage.gaps(header.plane, header.layer, interval)))
 
     def _check_extents(self, reservation: Reservation) -> None:
-        capacity = len(reservation.block_table) * self._layout.block_size
+        capacity = len(reservation.block_table) * self.layout.block_size
         for extent in reservation.missing:
-            if not 0 <= extent.plane < len(self._layout.planes):
-                raise ValueError(f"{extent}: the layout has {len(self._layout.planes)} planes")
-            if not 0 <= extent.layer < self._layout.planes[extent.plane].num_layers:
-                raise ValueError(f"{extent}: the plane has {self._layout.planes[extent.plane].num_layers} layers")
+            if not 0 <= extent.plane < len(self.layout.planes):
+                raise ValueError(f"{extent}: the layout has {len(self.layout.planes)} planes")
+            if not 0 <= extent.layer < self.layout.planes[extent.plane].num_layers:
+                raise ValueError(f"{extent}: the plane has {self.layout.planes[extent.plane].num_layers} layers")
             if not 0 <= extent.first_token < extent.end <= capacity:
                 raise ValueError(f"{extent}: the block table holds {capacity} tokens")
 
     def _begin_filling(self, transfer: IncomingTransfer, header: FrameHeader) -> None:
         transfer.sender = header.sender
         if transfer.state is HandoffState.RESERVED:
-            transfer.stats = replace(transfer.stats, first_frame_at=self._clock.now())
             self._move(transfer, HandoffState.FILLING, "")
 
     def _claim_if_complete(self, transfer: IncomingTransfer) -> None:
         if transfer.coverage.is_complete and transfer.commit is not None:
-            transfer.stats = replace(transfer.stats, claimed_at=self._clock.now())
             self._move(transfer, HandoffState.CLAIMED, "")
 
     def _end(self, transfer: IncomingTransfer, state: HandoffState, cause: str) -> None:
         del self._transfers[transfer.transfer_id]
-        self._bury(transfer.transfer_id, max(transfer.reservation.deadline, self._clock.now()))
+        self._bury(transfer.transfer_id, max(transfer.reservation.deadline, self.clock.now()))
         self._move(transfer, state, cause)
 
     def _move(self, transfer: IncomingTransfer, state: HandoffState, cause: str) -> None:
         previous = transfer.state
         assert is_allowed(previous, state), f"{previous.value} cannot become {state.value}"
         transfer.state = state
-        self._on_change(StateChange(transfer, previous, cause))
+        self.on_change(StateChange(transfer, previous, cause))
 
     def _bury(self, transfer_id: str, deadline: float) -> None:
         """Late frames of the id are known as such until TOMBSTONE_S after the deadline; at the bound the oldest go."""
         self._tombstones.setdefault(transfer_id, deadline + TOMBSTONE_S)
-        while len(self._tombstones) > self._max_tombstones:
+        while len(self._tombstones) > self.max_tombstones:
             self._tombstones.popitem(last=False)

@@ -1,34 +1,26 @@
 """Wakes a thread that waits in zmq_poll, from any thread, at once and without a socket."""
 
 import os
+from contextlib import suppress
 
 
 class Waker:
-    """A pipe; `fd` becomes readable after `wake` until `clear`."""
+    """An eventfd; `fd` is readable from `wake` until `clear`."""
 
     def __init__(self) -> None:
-        self.fd, self._write_fd = os.pipe()
-        os.set_blocking(self.fd, False)
-        os.set_blocking(self._write_fd, False)
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = False
 
     def wake(self) -> None:
-        """Any thread; a full pipe is a wake-up already under way."""
+        """Any thread."""
         if not self._closed:
-            try:
-                os.write(self._write_fd, b"\0")
-            except BlockingIOError:
-                return
+            os.eventfd_write(self.fd, 1)
 
     def clear(self) -> None:
-        try:
-            while len(os.read(self.fd, 4096)) == 4096:
-                pass
-        except BlockingIOError:
-            return
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
 
     def close(self) -> None:
         """After the waiting thread has ended."""
         self._closed = True
         os.close(self.fd)
-        os.close(self._write_fd)

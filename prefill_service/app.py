@@ -8,7 +8,7 @@ from functools import partial
 from isthmus.admin import ServiceHooks
 from isthmus.config import PrefillConfig
 from isthmus.engine.engine import Engine
-from isthmus.serving import Face, GrpcService, Stop, serve_until_signal
+from isthmus.serving import Face, Stop, serve_until_signal
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
 from isthmus.worker_context import WorkerContext
 from isthmus.worker_engine import engine_status, open_engine, transfer_memory
@@ -38,9 +38,9 @@ class PrefillWorker:
 
     async def run(self) -> None:
         """Returns after a drain; raises CannotStart when a setting is in the way."""
-        hooks = ServiceHooks(self._status, self._drain, self._context.ledger, self._context.metrics)
+        hooks = ServiceHooks(self._status, self._server.drain, self._context.ledger, self._context.metrics)
         register = partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, self._server)
-        face = Face(self._config, self._identity, self._context.health, hooks, [GrpcService(SERVICE, register)])
+        face = Face(self._config, self._identity, self._context.health, hooks, SERVICE, register)
         await serve_until_signal(face, self._work)
 
     @contextlib.asynccontextmanager
@@ -52,12 +52,7 @@ class PrefillWorker:
             memory = PoolMemory(engine.layout, transfer_memory(engine))
             sender = self._sender = Sender(self._identity.incarnation, memory, self._context.ledger)
             stack.callback(sender.close)
-            prefill_loop = self._prefill_loop = PrefillLoop(
-                engine,
-                sender,
-                self._context,
-                tile_budget=self._config.tile_budget,
-            )
+            prefill_loop = self._prefill_loop = PrefillLoop(engine, sender, self._context, self._config.tile_budget)
             prefill_loop.start()
             stack.push_async_callback(asyncio.to_thread, prefill_loop.stop)
             await asyncio.to_thread(round_trip, engine.layout)
@@ -71,9 +66,5 @@ class PrefillWorker:
         if self._prefill_loop is not None and self._sender is not None:
             status.num_streams = self._server.num_calls
             status.num_queued = self._prefill_loop.num_queued
-            status.counters.update(self._sender.counters)
+            status.counters.update(self._sender.counters.read())
         return status
-
-    async def _drain(self, timeout_s: float) -> int:
-        """Refuses new prompts and waits until the last block of the running ones is acknowledged; how many are left."""
-        return await self._server.drain(timeout_s)

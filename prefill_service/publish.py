@@ -11,24 +11,16 @@ class Abandoned(Exception):
     """Every prompt of the step was cancelled or ran out of time: the pass stops between two layers."""
 
 
-class LayerPublisher:
+def publish_layer(chunks: Ordered[Chunk], layout: KvLayout, context: WorkerContext, layer: int) -> None:
     """`on_layer` of one step's pass: hands finished rows to the transfers, and checks for cancellation."""
-
-    def __init__(self, chunks: Ordered[Chunk], layout: KvLayout, context: WorkerContext):
-        self._chunks = chunks
-        self._layout = layout
-        self._clock = context.clock
-        self._ledger = context.ledger
-
-    def __call__(self, layer: int) -> None:
-        now = self._clock.now()
-        live = [chunk for chunk in self._chunks if not chunk.sequence.must_stop(now)]
-        if not live:
-            raise Abandoned
-        for sequence, start, num_tokens in live:
-            send_rows(sequence, self._layout, layer, start, num_tokens)
-            if layer == num_layers(self._layout) - 1 and start == sequence.num_cached_tokens:
-                self._ledger.record("prefill.first_chunk_stored", request_id=sequence.request.request_id)
+    now = context.clock.now()
+    live = [chunk for chunk in chunks if not chunk.sequence.must_stop(now)]
+    if not live:
+        raise Abandoned
+    for sequence, start, num_tokens in live:
+        send_rows(sequence, layout, layer, start, num_tokens)
+        if layer == num_layers(layout) - 1 and start == sequence.num_cached_tokens:
+            context.ledger.record("prefill.first_chunk_stored", request_id=sequence.request.request_id)
 
 
 def num_layers(layout: KvLayout) -> int:

@@ -1,6 +1,5 @@
 """One prompt on this prefill worker: what is computed, where it goes, and who waits for it."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,22 +26,14 @@ class Sequence:
     num_computed_tokens: int = 0  # cached ones included
     transfer: OutgoingTransfer | None = None
     first_tile_ns: int = 0
-    last_tile_ns: int = 0
+    last_tile_ns: int = 0  # when the last tile ended
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 
-    @property
-    def num_left(self) -> int:
-        return self.num_prompt_tokens - self.num_computed_tokens
-
     def must_stop(self, now: float) -> bool:
         return self.is_cancelled or (self.deadline is not None and self.deadline <= now)
-
-    def stamp(self) -> None:
-        """Notes the end of a tile."""
-        self.last_tile_ns = time.monotonic_ns()
 
     @property
     def prefill_ms(self) -> float:

@@ -1,7 +1,6 @@
 """The gRPC face of a prefill worker: one server stream per prompt."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 
 import grpc.aio
@@ -18,6 +17,7 @@ from isthmus.errors import (
     StaleOwner,
     WorkersUnavailable,
 )
+from isthmus.serving import until_none_left
 from isthmus.types import Request, TransferTarget
 from isthmus.v1 import prefill_pb2, prefill_pb2_grpc
 from prefill_service.sequence import Event, Sequence
@@ -35,8 +35,6 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
         self._engine: Engine | None = None
         self.num_calls = 0
         self._is_draining = False
-        self._is_empty = asyncio.Event()
-        self._is_empty.set()
 
     def open(self, prefill_loop: PrefillLoop, engine: Engine) -> None:
         self._prefill_loop, self._engine = prefill_loop, engine
@@ -53,7 +51,6 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
         sequence = self._sequence(engine_request, target, events)
         num_ahead = prefill_loop.submit(sequence)
         self.num_calls += 1
-        self._is_empty.clear()
         try:
             yield prefill_pb2.PrefillResponse(queued=prefill_pb2.Queued(num_ahead=num_ahead))
             while True:
@@ -66,16 +63,11 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
         finally:
             sequence.is_cancelled = True  # read between layers; too late to matter after Done
             self.num_calls -= 1
-            if not self.num_calls:
-                self._is_empty.set()
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new prompts; returns how many are left when all are acknowledged or the time is over."""
         self._is_draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._is_empty.wait()
-        return self.num_calls
+        return await until_none_left(lambda: self.num_calls, timeout_s)
 
     def _sequence(self, request: Request, target: TransferTarget | None, events: asyncio.Queue[Event]) -> Sequence:
         loop = asyncio.get_running_loop()

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from functools import partial
 
 from isthmus.convert import finish_reason_to_proto, token_to_proto
 from isthmus.engine.block_pool import prefix_hashes
@@ -17,7 +18,7 @@ from isthmus.v1 import prefill_pb2
 from isthmus.worker_context import WorkerContext
 from kv_transfer.outgoing import TransferOutcome
 from kv_transfer.sender import Sender
-from prefill_service.publish import Abandoned, LayerPublisher, send_cached_prefix
+from prefill_service.publish import Abandoned, publish_layer, send_cached_prefix
 from prefill_service.scheduler import plan
 from prefill_service.sequence import Chunk, Sequence
 
@@ -32,28 +33,15 @@ Response = prefill_pb2.PrefillResponse
 class PrefillLoop:
     """Owns every submitted sequence until it emitted Done or an error."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        sender: Sender,
-        context: WorkerContext,
-        *,
-        tile_budget: int,
-    ):
+    def __init__(self, engine: Engine, sender: Sender, context: WorkerContext, tile_budget: int):
         self._engine = engine
         self._sender = sender
         self._tile_budget = tile_budget
         self._context = context
-        self._ledger = context.ledger
-        self._progress = context.progress
-        self._clock = context.clock
-        self._failpoints = context.failpoints
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._inbox: queue.Queue[Sequence | None] = queue.Queue(MAX_SEQUENCES)
         self._thread = threading.Thread(target=self._run, name="prefill-step", daemon=True)
-        self.num_steps = 0
-        self.num_tokens = 0
 
     def start(self) -> None:
         self._thread.start()
@@ -81,12 +69,12 @@ class PrefillLoop:
             self._admit()
             chunks = plan(self._running, TILE, self._tile_budget)
             if not chunks:
-                self._progress.idle()
+                self._context.progress.idle()
                 continue
-            self._progress.begin_work()
-            self._failpoints.hit("prefill.step")
+            self._context.progress.begin_work()
+            self._context.failpoints.hit("prefill.step")
             self._step(chunks)
-            self._progress.step_done()
+            self._context.progress.step_done()
         for sequence in self._waiting + self._running:
             self._end(sequence, RequestCancelled("the prefill worker stops"))
 
@@ -103,7 +91,7 @@ class PrefillLoop:
         return False
 
     def _drop_stopped(self) -> None:
-        now = self._clock.now()
+        now = self._context.clock.now()
         for sequence in [s for s in self._waiting + self._running if s.must_stop(now)]:
             if sequence.is_cancelled:
                 self._end(sequence, RequestCancelled("cancelled"))
@@ -121,7 +109,7 @@ class PrefillLoop:
             sequence = self._waiting.pop(0)
             self._running.append(sequence)
             self._open_transfer(sequence)
-            self._ledger.record(
+            self._context.ledger.record(
                 "prefill.started", request_id=sequence.request.request_id, cached=sequence.num_cached_tokens
             )
 
@@ -159,7 +147,7 @@ class PrefillLoop:
         send_cached_prefix(sequence, self._engine.layout)
 
     def _step(self, chunks: list[Chunk]) -> None:
-        publisher = LayerPublisher(chunks, self._engine.layout, self._context)
+        on_layer = partial(publish_layer, chunks, self._engine.layout, self._context)
         inputs = [
             PrefillChunk(
                 token_ids=chunk.sequence.request.prompt_token_ids[chunk.start : chunk.start + chunk.num_tokens],
@@ -170,7 +158,7 @@ class PrefillLoop:
             for chunk in chunks
         ]
         try:
-            logits = self._engine.runner.prefill(inputs, on_layer=publisher)
+            logits = self._engine.runner.prefill(inputs, on_layer=on_layer)
         except Abandoned:
             return  # the next turn of the loop ends them
         except Exception as error:
@@ -178,7 +166,6 @@ class PrefillLoop:
             for chunk in chunks:
                 self._end(chunk.sequence, IsthmusError(f"prefill step failed: {type(error).__name__}"))
             return
-        self.num_steps += 1
         self._account(chunks)
         ended = [chunk.sequence for chunk in chunks if chunk.ends_prompt]
         results = sample(logits, [SamplingInput(sequence.request, ()) for sequence in ended])
@@ -187,10 +174,9 @@ class PrefillLoop:
 
     def _account(self, chunks: list[Chunk]) -> None:
         for sequence, _, num_tokens in chunks:
-            sequence.stamp()
+            sequence.last_tile_ns = time.monotonic_ns()
             sequence.num_computed_tokens += num_tokens
-            self.num_tokens += num_tokens
-            if sequence.num_left:
+            if sequence.num_computed_tokens < sequence.num_prompt_tokens:
                 progress = prefill_pb2.Progress(num_computed_tokens=sequence.num_computed_tokens)
                 sequence.emit(Response(progress=progress))
 
@@ -204,7 +190,7 @@ class PrefillLoop:
         if reason is not None:
             first.finish_reason = finish_reason_to_proto(reason)
         sequence.emit(Response(first_token=first))
-        self._ledger.record("prefill.first_token", request_id=sequence.request.request_id)
+        self._context.ledger.record("prefill.first_token", request_id=sequence.request.request_id)
         self._publish_prompt_blocks(sequence)
         if sequence.transfer is None:
             sequence.emit(Response(done=prefill_pb2.Done(acked=True, prefill_ms=sequence.prefill_ms)))
@@ -225,7 +211,7 @@ class PrefillLoop:
         sequence.emit(error)
         if sequence.transfer is not None:
             sequence.transfer.abort(error.reason)
-        self._ledger.record("prefill.ended", request_id=sequence.request.request_id, cause=error.reason)
+        self._context.ledger.record("prefill.ended", request_id=sequence.request.request_id, cause=error.reason)
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import heapq
 import itertools
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from isthmus.errors import Overloaded
 
@@ -71,8 +71,10 @@ class Admission:
         self._max_streams = max_streams
         self._max_queue = max_queue
         self._slots = Line(max_streams)
-        self._prefill_turns = Line(1)
-        self._decode_turns = Line(1)
+        # One request at a time looks for a prefill worker, so a large one is not starved by small ones behind it.
+        self.placing = Line(1)
+        # The same for blocks, in a line of its own: who stands here holds a prefill place others wait for.
+        self.reserving = Line(1)
         self._sequence = itertools.count()
 
     @property
@@ -81,33 +83,14 @@ class Admission:
 
     @property
     def num_queued(self) -> int:
-        return self._slots.num_waiting + self._prefill_turns.num_waiting + self._decode_turns.num_waiting
-
-    @property
-    def is_reserving(self) -> bool:
-        """Somebody waits for blocks: who comes now stands in line behind."""
-        return not self._decode_turns.num_free
+        return self._slots.num_waiting + self.placing.num_waiting + self.reserving.num_waiting
 
     def order(self, priority: int) -> Order:
         return -priority, next(self._sequence)
 
-    @asynccontextmanager
-    async def slot(self, order: Order, timeout_s: float) -> AsyncIterator[None]:
+    def slot(self, order: Order, timeout_s: float) -> AbstractAsyncContextManager[None]:
         """Waits for a slot and holds it. Raises Overloaded, at once when the queue is full."""
         if self.num_queued >= self._max_queue:
             detail = f"{self.num_queued} requests are waiting; the queue is full"
             raise Overloaded(detail, retry_after_s=RETRY_AFTER_S)
-        async with self._slots.turn(order, timeout_s):
-            yield
-
-    @asynccontextmanager
-    async def placing(self, order: Order, timeout_s: float) -> AsyncIterator[None]:
-        """One request at a time looks for a prefill worker, so a large one is not starved by small ones behind it."""
-        async with self._prefill_turns.turn(order, timeout_s):
-            yield
-
-    @asynccontextmanager
-    async def reserving(self, order: Order, timeout_s: float) -> AsyncIterator[None]:
-        """The same for blocks, in a line of its own: who stands here holds a prefill place others wait for."""
-        async with self._decode_turns.turn(order, timeout_s):
-            yield
+        return self._slots.turn(order, timeout_s)

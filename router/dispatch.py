@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from isthmus.clock import Clock
 from isthmus.convert import finish_reason_to_proto, request_to_proto
@@ -132,7 +133,9 @@ class Dispatch:
                 return
 
     async def _attempt(self, call: Call, job: Job, avoid: set[str]) -> None:
-        inbox = Inbox(self._clock.now, lambda: _give_up_client(call), max_tokens=self._settings.max_buffered_tokens)
+        too_slow = SlowClient("the client does not read its tokens; its buffer is full")
+        give_up = partial(call.life.interrupt, too_slow)
+        inbox = Inbox(self._clock.now, give_up, max_tokens=self._settings.max_buffered_tokens)
         ask = Ask(job, call.num_attempts, inbox, frozenset(avoid))
         async with self._placement.place(ask) as placed:
             self._note_placed(call, placed)
@@ -227,7 +230,3 @@ def _prefill_request(job: Job, placed: Placed, remaining_s: float) -> prefill_pb
     )
     request = request_to_proto(replace(job.request, timeout_s=max(remaining_s, 0.001)))
     return prefill_pb2.PrefillRequest(request=request, target=target)
-
-
-def _give_up_client(call: Call) -> None:
-    call.life.interrupt(SlowClient("the client does not read its tokens; its buffer is full"))

@@ -38,10 +38,6 @@ class TokenMerge(Generic[TokenT]):
             fresh.append(token)
         return fresh
 
-    def __len__(self) -> int:
-        """Tokens delivered: the next index."""
-        return len(self._delivered)
-
     def _check_copy(self, index: int, token: TokenT) -> None:
         if index < len(self._delivered):
             is_same = self._delivered[index] == self._identity(token)

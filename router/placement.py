@@ -109,7 +109,7 @@ class Placement:
     @asynccontextmanager
     async def _prefill_place(self, ask: Ask) -> AsyncIterator[PrefillPlace]:
         job, started_at = ask.job, self._clock.now()
-        async with self._admission.placing(job.order, job.queue_deadline - started_at):
+        async with self._admission.placing.turn(job.order, job.queue_deadline - started_at):
             while isinstance(worker := self._choose_prefill(ask), IsthmusError):
                 await self._wait(worker, started_at, job.queue_deadline)
             place = PrefillPlace(worker, len(job.request.prompt_token_ids))
@@ -123,9 +123,10 @@ class Placement:
     @asynccontextmanager
     async def _decode_place(self, ask: Ask) -> AsyncIterator[DecodePlace]:
         job, started_at = ask.job, self._clock.now()
-        place = None if self._admission.is_reserving else await self._ask_each(ask)
+        # Somebody waits for blocks: who comes now stands in line behind.
+        place = await self._ask_each(ask) if self._admission.reserving.num_free else None
         if not isinstance(place, DecodePlace):
-            async with self._admission.reserving(job.order, job.queue_deadline - started_at):
+            async with self._admission.reserving.turn(job.order, job.queue_deadline - started_at):
                 while isinstance(place := await self._ask_each(ask), IsthmusError):
                     await self._wait(place, started_at, job.queue_deadline)
         try:

@@ -1,7 +1,6 @@
 """The public gRPC face. Large requests arrive as raw bytes, so that their bounds are checked before they are parsed."""
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from isthmus.config import RouterConfig
 from isthmus.errors import Draining, InvalidRequest, IsthmusError, NotYet, RequestCancelled, WorkersUnavailable
 from isthmus.ids import new_request_id, new_seed
 from isthmus.metrics import Metrics
+from isthmus.serving import until_none_left
 from isthmus.types import Request
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 from router.delivery import Delivery, Timeline
@@ -56,8 +56,6 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         self._config = config
         self._lives: dict[str, Interruptible] = {}
         self._is_draining = False
-        self._is_empty = asyncio.Event()
-        self._is_empty.set()
         self.backend: Backend | None = None
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -77,33 +75,31 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests at once, waits for the running ones; what is left at the end."""
         self._is_draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._is_empty.wait()
-        return len(self._lives)
+        return await until_none_left(lambda: self.num_streams, timeout_s)
 
     async def Generate(self, request: bytes, context: Context) -> None:  # noqa: N802 - named by the protocol
         """Writes to the context itself, so that cancelling the call cancels whatever the request waits for."""
         backend = self._backend_for_work()
-        arrival = _Arrival(backend.clock.now(), self._timeout_s(context), _Writer(context))
+        client = _Client(context, backend.clock.now(), self._timeout_s(context))
         call: Call | None = None
         outcome = "internal"
         try:
-            async with Interruptible(arrival.timeout_s) as life:
-                call = await self._open_call(backend, request, arrival, life)
-                self._enter(call)
+            async with Interruptible(client.timeout_s) as life:
+                call = await self._open_call(backend, request, client, life)
+                self._lives[call.request.request_id] = life
                 await backend.dispatch.serve(call)
             outcome = "finished"
         except IsthmusError as error:
             outcome = error.reason.lower()
-            if not isinstance(error, RequestCancelled) or call is None or arrival.writer.is_writing:
+            if not isinstance(error, RequestCancelled) or call is None or client.is_writing:
                 raise
-            await arrival.writer.write(backend.dispatch.finished(call))
+            await client.write(backend.dispatch.finished(call))
         except asyncio.CancelledError:
             outcome = "client_gone"
             raise
         finally:
-            self._leave(call)
+            if call is not None:
+                self._lives.pop(call.request.request_id, None)
             _count(backend.metrics, call, outcome)
 
     async def Resume(self, request: inference_pb2.ResumeRequest, context: Context) -> None:  # noqa: N802
@@ -147,7 +143,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         async with Interruptible(self._timeout_s(context)):
             return inference_pb2.DetokenizeResponse(text=await backend.text.decode(message.token_ids))
 
-    async def _open_call(self, backend: Backend, raw: bytes, arrival: "_Arrival", life: Interruptible) -> Call:
+    async def _open_call(self, backend: Backend, raw: bytes, client: "_Client", life: Interruptible) -> Call:
         """Parses, validates and tokenises. Raises InvalidRequest and its kin before anything is held."""
         message = parse_request(raw, self._config.max_prompt_bytes)
         check_request(message, backend.model)
@@ -168,21 +164,11 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
             request=request,
             client_request_id=message.client_request_id,
             delivery=Delivery(request, backend.model.context_length, detokenizer),
-            timeline=Timeline(arrival.received_at),
+            timeline=Timeline(client.received_at),
             life=life,
-            deadline=arrival.received_at + arrival.timeout_s,
-            write=arrival.writer.write,
+            deadline=client.received_at + client.timeout_s,
+            write=client.write,
         )
-
-    def _enter(self, call: Call) -> None:
-        self._lives[call.request.request_id] = call.life
-        self._is_empty.clear()
-
-    def _leave(self, call: Call | None) -> None:
-        if call is not None:
-            self._lives.pop(call.request.request_id, None)
-        if not self._lives:
-            self._is_empty.set()
 
     def _started(self) -> Backend:
         if self.backend is None:
@@ -215,24 +201,19 @@ def _serialise(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-class _Writer:
+class _Client:
     """Remembers whether a message was still on its way when the call was interrupted: then no other may follow."""
 
-    def __init__(self, context: Context):
+    def __init__(self, context: Context, received_at: float, timeout_s: float):
         self._context = context
+        self.received_at = received_at
+        self.timeout_s = timeout_s
         self.is_writing = False
 
     async def write(self, response: inference_pb2.GenerateResponse) -> None:
         self.is_writing = True
         await self._context.write(response)
         self.is_writing = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    received_at: float
-    timeout_s: float
-    writer: _Writer
 
 
 async def _encode(

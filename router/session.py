@@ -75,26 +75,23 @@ class DecodeStream:
         self.session.forget(self)
 
 
+def _new_future() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()
+
+
+@dataclass(eq=False, slots=True)
 class Session:
     """Event loop only. `run` connects and reconnects until cancelled; a lost connection ends every stream of it."""
 
-    def __init__(
-        self,
-        stub: "decode_pb2_grpc.DecodeServiceAsyncStub",
-        peer: SessionPeer,
-        *,
-        clock: Clock,
-        on_change: Callable[[], None],
-    ):
-        self._stub = stub
-        self._peer = peer
-        self._clock = clock
-        self._on_change = on_change
-        self._outgoing: asyncio.Queue[decode_pb2.SessionRequest] = asyncio.Queue(MAX_OUTGOING)
-        self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # of the present connection
-        self._streams: dict[str, DecodeStream] = {}
-        self._heard_at = clock.now()
-        self.hello: decode_pb2.DecodeHello | None = None  # while the session is alive
+    stub: "decode_pb2_grpc.DecodeServiceAsyncStub"
+    peer: SessionPeer
+    clock: Clock
+    on_change: Callable[[], None]
+    hello: decode_pb2.DecodeHello | None = field(default=None, init=False)  # while the session is alive
+    _streams: dict[str, DecodeStream] = field(default_factory=dict[str, DecodeStream], init=False)
+    _heard_at: float = field(init=False)  # of the present connection, as are these:
+    _outgoing: asyncio.Queue[decode_pb2.SessionRequest] = field(init=False)
+    _given_up: asyncio.Future[None] = field(default_factory=_new_future, init=False)
 
     @property
     def is_alive(self) -> bool:
@@ -108,11 +105,11 @@ class Session:
     def is_silent(self) -> bool:
         """Running streams here and no message for a while: the worker's step hangs, whatever its heartbeats say."""
         is_owed = any(stream.is_claimed for stream in self._streams.values())
-        return is_owed and self._clock.now() - self._heard_at >= NO_NEW_WORK_S
+        return is_owed and self.clock.now() - self._heard_at >= NO_NEW_WORK_S
 
     def attach_id(self, attempt: int) -> decode_pb2.AttachId:
         """The attempt is the counter: a later attempt's messages outrank an earlier one's."""
-        return decode_pb2.AttachId(router_incarnation=self._peer.router_incarnation, counter=attempt)
+        return decode_pb2.AttachId(router_incarnation=self.peer.router_incarnation, counter=attempt)
 
     async def run(self) -> None:
         backoff_s = FIRST_BACKOFF_S
@@ -127,10 +124,10 @@ class Session:
             except (TimeoutError, WorkerLost) as error:
                 problem = str(error) or "no hello in time"
             except Exception as error:  # noqa: BLE001 - the session's root: one worker's nonsense must not end the others'
-                _log.exception("session.failed", error, worker=self._peer.decode_name)
+                _log.exception("session.failed", error, worker=self.peer.decode_name)
             finally:
                 self.abandon("the session with the decode worker was lost")
-            _log.debug("session.lost", worker=self._peer.decode_name, problem=problem, retry_s=backoff_s)
+            _log.debug("session.lost", worker=self.peer.decode_name, problem=problem, retry_s=backoff_s)
             await asyncio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, LAST_BACKOFF_S)
 
@@ -169,7 +166,7 @@ class Session:
         """No message of this stream is delivered any more."""
         if self._streams.get(stream.request_id) is stream:
             del self._streams[stream.request_id]
-        self._on_change()
+        self.on_change()
 
     def abandon(self, why: str) -> None:
         """Gives the connection up; every stream is told at once, and the worker frees what it held for this router."""
@@ -179,25 +176,25 @@ class Session:
         for stream in [stream for stream in self._streams.values() if not stream.ended.is_set()]:
             self._finish(stream, Failed("decode", WorkerLost(why)))
         if was_alive:
-            _log.info("session.given_up", worker=self._peer.decode_name, why=why)
-            self._on_change()
+            _log.info("session.given_up", worker=self.peer.decode_name, why=why)
+            self.on_change()
 
     async def _connect(self) -> SessionCall:
-        call: SessionCall = self._stub.Session()
+        call: SessionCall = self.stub.Session()
         async with asyncio.timeout(HELLO_TIMEOUT_S):
-            router_hello = decode_pb2.RouterHello(router_incarnation=self._peer.router_incarnation)
+            router_hello = decode_pb2.RouterHello(router_incarnation=self.peer.router_incarnation)
             await call.write(decode_pb2.SessionRequest(hello=router_hello))
             first = await call.read()
         if not isinstance(first, decode_pb2.SessionResponse) or first.WhichOneof("message") != "hello":
             raise WorkerLost("the decode worker did not say hello")
-        if first.hello.incarnation != self._peer.decode_incarnation:
+        if first.hello.incarnation != self.peer.decode_incarnation:
             raise WorkerLost("another incarnation answers at the decode worker's address")
         self._outgoing = asyncio.Queue(MAX_OUTGOING)
-        self._given_up = asyncio.get_running_loop().create_future()
-        self._heard_at = self._clock.now()
+        self._given_up = _new_future()
+        self._heard_at = self.clock.now()
         self.hello = first.hello
-        _log.info("session.alive", worker=self._peer.decode_name)
-        self._on_change()
+        _log.info("session.alive", worker=self.peer.decode_name)
+        self.on_change()
         return call
 
     async def _converse(self, call: SessionCall) -> None:
@@ -219,7 +216,7 @@ class Session:
     async def _read_all(self, call: SessionCall) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):
             while isinstance(message := await call.read(), decode_pb2.SessionResponse):
-                self._heard_at = self._clock.now()
+                self._heard_at = self.clock.now()
                 self._route(message)
 
     async def _write_all(self, call: SessionCall) -> None:
@@ -256,7 +253,7 @@ class Session:
                 error = TransferIncomplete(f"the prompt's blocks did not arrive: {failed.reason}")
                 self._finish(self._streams.get(failed.request_id), Failed("transfer", error))
             case other:
-                _log.warning("session.unexpected", worker=self._peer.decode_name, message=other)
+                _log.warning("session.unexpected", worker=self.peer.decode_name, message=other)
 
     def _finish(self, stream: DecodeStream | None, event: decode_pb2.StreamEnded | Failed) -> None:
         """The worker holds nothing of the stream any more: as its answer when it was still asked, else as an event."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import grpc.aio
 
@@ -25,29 +26,20 @@ _SHOWN = (
 _log = get_logger("router.pool")
 
 
+@dataclass(eq=False, slots=True)
 class WorkerPool:
     """Event loop only. `run` watches the registry and owns every session; leaving it closes them all."""
 
-    def __init__(
-        self,
-        store: OwnershipStore,
-        *,
-        incarnation: str,
-        model_digest: str,
-        connect: Callable[[str], grpc.aio.Channel],
-        clock: Clock,
-        ledger: Ledger,
-    ):
-        self._store = store
-        self._incarnation = incarnation
-        self._model_digest = model_digest
-        self._connect = connect
-        self._clock = clock
-        self._ledger = ledger
-        self._changed = asyncio.Event()
-        self.decode: dict[str, DecodeWorker] = {}
-        self.prefill: dict[str, PrefillWorker] = {}
-        self.is_degraded = False  # the registry does not answer: its last view is kept
+    store: OwnershipStore
+    incarnation: str  # this router's
+    model_digest: str  # workers of another model are passed over
+    connect: Callable[[str], grpc.aio.Channel]
+    clock: Clock
+    ledger: Ledger
+    decode: dict[str, DecodeWorker] = field(default_factory=dict[str, DecodeWorker], init=False)
+    prefill: dict[str, PrefillWorker] = field(default_factory=dict[str, PrefillWorker], init=False)
+    is_degraded: bool = field(default=False, init=False)  # the registry does not answer: its last view is kept
+    _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -63,7 +55,7 @@ class WorkerPool:
         return [worker for worker in self.decode.values() if worker.takes_work]
 
     def usable_prefill(self) -> list[PrefillWorker]:
-        now = self._clock.now()
+        now = self.clock.now()
         return [worker for worker in self.prefill.values() if worker.takes_work(now)]
 
     def note_change(self) -> None:
@@ -81,14 +73,14 @@ class WorkerPool:
 
     def status(self) -> list[admin_pb2.WorkerStatus]:
         """This router's view; `serving` means that it would give the worker something to do."""
-        now = self._clock.now()
+        now = self.clock.now()
         prefill = [_status(worker.record, serving=worker.takes_work(now)) for worker in self.prefill.values()]
         return prefill + [_status(worker.record, serving=worker.takes_work) for worker in self.decode.values()]
 
     async def _refresh(self, sessions: asyncio.TaskGroup) -> None:
         try:
             async with asyncio.timeout(STORE_TIMEOUT_S):
-                records = await self._store.list_workers()
+                records = await self.store.list_workers()
         except (StoreUnavailable, TimeoutError) as error:  # sessions go on without it
             if not self.is_degraded:
                 _log.warning("registry.unreachable", error=f"{type(error).__name__}: {error}")
@@ -102,13 +94,13 @@ class WorkerPool:
         self.note_change()
 
     async def _take_view(self, records: list[WorkerRecord], sessions: asyncio.TaskGroup) -> None:
-        listed = {record.incarnation: record for record in records if record.model_digest == self._model_digest}
+        listed = {record.incarnation: record for record in records if record.model_digest == self.model_digest}
         for workers in (self.decode, self.prefill):
             for incarnation, worker in list(workers.items()):
                 worker.has_lease = incarnation in listed
                 if not worker.has_lease and not worker.is_busy:
                     del workers[incarnation]
-                    self._ledger.record("worker.left", cause=worker.record.role, worker=worker.record.name)
+                    self.ledger.record("worker.left", cause=worker.record.role, worker=worker.record.name)
                     await worker.close()
         for incarnation, record in listed.items():
             if known := self.decode.get(incarnation) or self.prefill.get(incarnation):
@@ -117,17 +109,17 @@ class WorkerPool:
                 self._join(record, sessions)
 
     def _join(self, record: WorkerRecord, sessions: asyncio.TaskGroup) -> None:
-        channel, numerics = self._connect(record.grpc_address), numerics_class(record)
+        channel, numerics = self.connect(record.grpc_address), numerics_class(record)
         if record.role == "decode":
             stub = decode_pb2_grpc.DecodeServiceStub(channel)
-            peer = SessionPeer(self._incarnation, record.incarnation, record.name)
-            session = Session(stub, peer, clock=self._clock, on_change=self.note_change)
+            peer = SessionPeer(self.incarnation, record.incarnation, record.name)
+            session = Session(stub, peer, clock=self.clock, on_change=self.note_change)
             task = sessions.create_task(session.run(), name=f"session {record.name}")
             self.decode[record.incarnation] = DecodeWorker(record, numerics, session, channel, task)
         else:
             stub = prefill_pb2_grpc.PrefillServiceStub(channel)
             self.prefill[record.incarnation] = PrefillWorker(record, numerics, channel, stub)
-        self._ledger.record("worker.joined", cause=record.role, worker=record.name, incarnation=record.incarnation)
+        self.ledger.record("worker.joined", cause=record.role, worker=record.name, incarnation=record.incarnation)
 
     def _lose_hung(self) -> None:
         """A worker whose step does not end has lost its requests, although its connection lives."""

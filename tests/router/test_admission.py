@@ -43,7 +43,7 @@ async def test_over_the_bound_is_refused_at_once() -> None:
 
 async def test_those_who_look_for_a_place_are_in_the_queue_too() -> None:
     admission = Admission(max_streams=10, max_queue=1)
-    async with admission.placing(admission.order(0), 5.0):
+    async with admission.placing.turn(admission.order(0), 5.0):
         second = asyncio.create_task(_place(admission))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
@@ -117,5 +117,5 @@ async def _pass_through(admission: Admission, timeout_s: float) -> None:
 
 
 async def _place(admission: Admission) -> None:
-    async with admission.placing(admission.order(0), 5.0):
+    async with admission.placing.turn(admission.order(0), 5.0):
         pass

@@ -37,7 +37,7 @@ def test_any_interleaving_of_any_grouping_delivers_each_index_once(tokens: list[
         fresh = merge.add(index, group)
         assert fresh == tokens[len(delivered) : len(delivered) + len(fresh)]
         delivered += fresh
-        assert len(merge) == len(delivered) >= min(index + len(group), len(delivered))
+        assert len(merge._delivered) == len(delivered) >= min(index + len(group), len(delivered))
 
     assert delivered == tokens
 

@@ -7,7 +7,7 @@ import pytest
 
 from isthmus.errors import InvalidRequest, IsthmusError, WorkerLost
 from kv_transfer.ownership import StoreUnavailable, WorkerRecord
-from kv_transfer.ownership_memory import MemoryOwnership
+from tests.ownership_memory import MemoryOwnership
 from tests.router.fakes import Cluster, RunningRouter, ask, read_to_the_end, running_router, until
 
 

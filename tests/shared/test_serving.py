@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncGenerator
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -21,7 +22,7 @@ from isthmus.health import HealthState, ProgressWatch
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.rpc import channel
-from isthmus.serving import Face, GrpcService, Stop, exit_status, serve_until_signal
+from isthmus.serving import Face, Stop, exit_status, serve_until_signal
 from isthmus.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 
 SERVICE = "isthmus.v1.InferenceService"
@@ -56,10 +57,8 @@ class Running:
     def face(self) -> Face:
         hooks = ServiceHooks(lambda: admin_pb2.GetStatusResponse(num_streams=3), self.drain, self.ledger, self.metrics)
         service = inference_pb2_grpc.InferenceServiceServicer()
-        register = GrpcService(
-            SERVICE, lambda server: inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
-        )
-        return Face(self.config, self.identity, self.health, hooks, [register])
+        register = partial(inference_pb2_grpc.add_InferenceServiceServicer_to_server, service)
+        return Face(self.config, self.identity, self.health, hooks, SERVICE, register)
 
 
 @contextlib.asynccontextmanager

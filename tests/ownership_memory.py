@@ -7,7 +7,7 @@ from isthmus.clock import Clock, SystemClock
 from kv_transfer.counters import Counters
 from kv_transfer.handoff import is_allowed
 from kv_transfer.ownership import BlockSnapshot, HandoffRecord, Transition, TransitionResult, WorkerRecord
-from kv_transfer.records import BadRecord, decode_blocks, decode_worker, encode_blocks, encode_worker
+from kv_transfer.records import decode_blocks, encode_blocks, encode_worker, read_record, read_workers
 
 Value = TypeVar("Value")
 
@@ -26,12 +26,10 @@ class Expiring(Generic[Value]):
         self._clock = clock
         self._entries: dict[str, _Entry[Value]] = {}
 
-    def put(self, name: str, value: Value, ttl_s: float) -> None:
+    def put(self, name: str, value: Value, ttl_s: float | None = None) -> None:
+        """Without `ttl_s` the entry keeps its time to live, counted anew."""
+        ttl_s = self._entries[name].ttl_s if ttl_s is None else ttl_s
         self._entries[name] = _Entry(value, ttl_s, self._clock.now() + ttl_s)
-
-    def update(self, name: str, value: Value) -> None:
-        """New value, time to live counted anew."""
-        self.put(name, value, self._entries[name].ttl_s)
 
     def renew(self, name: str, ttl_s: float) -> None:
         if (value := self.get(name)) is not None:
@@ -65,12 +63,7 @@ class MemoryBlocks:
         return True
 
     async def find(self, incarnation: str) -> BlockSnapshot | None:
-        raw = self.raw.get(incarnation)
-        try:
-            return None if raw is None else decode_blocks(raw)
-        except BadRecord:
-            self._counters.add("bad_record.blocks")
-            return None
+        return read_record("blocks", decode_blocks, self.raw.get(incarnation), self._counters)
 
 
 class MemoryStreams:
@@ -97,15 +90,11 @@ class MemoryOwnership:
 
     def __init__(self, clock: Clock | None = None):
         clock = clock or SystemClock()
-        self._counts = Counters()
+        self.counters = Counters()
         self.workers: Expiring[bytes] = Expiring(clock)  # open for tests, as above
-        self.blocks = MemoryBlocks(clock, self._counts)
+        self.blocks = MemoryBlocks(clock, self.counters)
         self.streams = MemoryStreams(clock)
         self._handoffs: Expiring[HandoffRecord] = Expiring(clock)
-
-    @property
-    def counters(self) -> dict[str, int]:
-        return self._counts.read()
 
     async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
         self.workers.put(record.incarnation, encode_worker(record), ttl_s)
@@ -116,13 +105,7 @@ class MemoryOwnership:
         self.blocks.raw.drop(incarnation)
 
     async def list_workers(self) -> list[WorkerRecord]:
-        records: list[WorkerRecord] = []
-        for incarnation, raw in self.workers.items():
-            try:
-                records.append(decode_worker(raw, incarnation))
-            except BadRecord:
-                self._counts.add("bad_record.worker")
-        return records
+        return read_workers(self.workers.items(), self.counters)
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
         known = self._handoffs.get(record.transfer_id)
@@ -142,7 +125,7 @@ class MemoryOwnership:
         else:
             prefill = transition.prefill or known.prefill
             after = replace(known, state=transition.to_state, attempt=transition.attempt, prefill=prefill)
-            self._handoffs.update(transition.transfer_id, after)
+            self._handoffs.put(transition.transfer_id, after)
         return TransitionResult.APPLIED
 
     async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
