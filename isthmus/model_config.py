@@ -85,20 +85,14 @@ def parse_config(raw: Mapping[str, Any], context_length: int | None = None) -> M
 
     CannotStart names field, value and what is served.
     """
-    model_type = raw.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise refused("model_type", model_type, tuple(FAMILIES))
-    check_fixed({**ANY_FAMILY_FIXED, **family.fixed}, raw)
-    given = {name: value for name, value in raw.items() if value is not None or name in _NULL_SPEAKS}
-    fields = Fields({**family.defaults, **given})
+    family, fields = _family_and_fields(raw)
     hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     sparse_layers = _sparse_layers(family, fields)
     qk_rope_head_dim = fields.size("qk_rope_head_dim")
     _check_heads(raw, num_heads, qk_rope_head_dim)
     context = _context_length(fields.size("max_position_embeddings"), context_length)
     return ModelConfig(
-        model_type=str(model_type),
+        model_type=fields.raw["model_type"],
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden_size,
         sparse_layers=sparse_layers,
@@ -118,16 +112,29 @@ def parse_config(raw: Mapping[str, Any], context_length: int | None = None) -> M
         context_length=context,
         embedding_scale=fields.number("scale_emb", 1.0),
         residual_scale=fields.number("scale_depth", math.sqrt(len(sparse_layers))) / math.sqrt(len(sparse_layers)),
-        logit_divisor=hidden_size / fields.number("dim_model_base", hidden_size),
+        logit_divisor=hidden_size / fields.size("dim_model_base", hidden_size),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         fp8=_fp8(raw),
         eos_token_ids=token_ids(raw.get("eos_token_id")),
     )
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+def _family_and_fields(raw: Mapping[str, Any]) -> tuple[Family, Fields]:
+    model_type = raw.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise refused("model_type", model_type, tuple(FAMILIES))
+    check_fixed({**ANY_FAMILY_FIXED, **family.fixed}, raw)
+    given = {name: value for name, value in raw.items() if value is not None or name in _NULL_SPEAKS}
+    return family, Fields({**family.defaults, **given})
+
+
+def token_ids(value: object) -> tuple[int, ...]:
     """eos_token_id is an int, a list or absent."""
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    ids: list[object] = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise refused("eos_token_id", value, ("token ids", "lists of them"))
+    return tuple(token_id for token_id in ids if isinstance(token_id, int))
 
 
 def _check_heads(raw: Mapping[str, Any], num_heads: int, qk_rope_head_dim: int) -> None:
