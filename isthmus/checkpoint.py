@@ -48,20 +48,26 @@ class Checkpoint:
         """
         folder = resolve_model(path)
         config = parse_config(_read_json(folder / "config.json"), context_length)
-        weight_map = _weight_map(folder / _INDEX_FILE)
-        files = _weight_files(folder, weight_map)
+        files, tensors = read_tensors(folder)
         return cls(
             path=folder,
             config=config,
             eos_token_ids=_eos_token_ids(folder, config),
             weight_files=files,
-            tensors=_tensors(files, weight_map),
+            tensors=tensors,
         )
 
     @cached_property
     def digest(self) -> str:
         """32 hex digits over config.json and every byte of the weights: the first use reads them all."""
         return _digest((self.path / "config.json", *self.weight_files))
+
+
+def read_tensors(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]:
+    """The weight files and what their headers say. Raises CannotStart."""
+    weight_map = _weight_map(folder / _INDEX_FILE)
+    files = _weight_files(folder, weight_map)
+    return files, _tensors(files, weight_map)
 
 
 def resolve_model(model: str | Path) -> Path:

@@ -8,15 +8,22 @@ from isthmus.errors import CannotStart
 
 
 def refused(field: str, value: object, served: tuple[object, ...]) -> CannotStart:
-    problem = f"config.json: {field} is {value!r}; served are {', '.join(map(repr, served))}"
-    return CannotStart("model", problem, "use a checkpoint of a served kind")
+    return _refused(f"{field} is {value!r}; served are {', '.join(map(repr, served))}")
+
+
+def _refused(problem: str) -> CannotStart:
+    return CannotStart("model", f"config.json: {problem}", "use a checkpoint of a served kind")
 
 
 def check_fixed(fixed: Mapping[str, tuple[object, ...]], raw: Mapping[str, Any], prefix: str = "") -> None:
-    """An empty list of served values leaves the field free."""
-    for field, served in fixed.items():
-        if raw.get(field) is not None and served and raw[field] not in served:
-            raise refused(prefix + field, raw[field], served)
+    """Raises CannotStart with every field that is not as served. An empty list of values leaves a field free."""
+    problems = [
+        f"{prefix}{field} is {raw[field]!r}; served are {', '.join(map(repr, served))}"
+        for field, served in fixed.items()
+        if raw.get(field) is not None and served and raw[field] not in served
+    ]
+    if problems:
+        raise _refused("; ".join(problems))
 
 
 class Fields:

@@ -5,8 +5,9 @@ seconds an answer may take: HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT.
 """
 
 import re
+import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -24,6 +25,8 @@ _FETCHED_FILES: Final = (*CHECKED_FILES, "*.safetensors")
 _IGNORED: Final = ("*/*", "consolidated*")  # the same weights again, in another form
 # A revision becomes part of a path in the cache.
 _ID: Final = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
+
+_COMMIT: Final = re.compile("[0-9a-f]{40}")
 
 
 class HubId(NamedTuple):
@@ -57,21 +60,32 @@ def pinned(model: str) -> str:
 def fetch(model_id: str, *, revision: str | None = None, files: Sequence[str] = _FETCHED_FILES) -> Path:
     """The directory in the cache, named for its commit, with those of `files` that the model has.
 
-    What the cache holds is not fetched again; a branch or tag asks the hub for its commit and takes the last known one
-    when there is no answer. Raises CannotStart.
+    A branch or tag asks the hub for its commit and takes the last known one when there is no answer; a commit that the
+    cache holds needs no network. Raises CannotStart.
     """
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    if revision is not None and _COMMIT.fullmatch(revision):
+        with suppress(CannotStart):
+            return _snapshot(HubId(model_id, revision), files, local_files_only=True)
+    return _snapshot(HubId(model_id, revision), files, local_files_only=False)
+
+
+def _snapshot(hub_id: HubId, files: Sequence[str], *, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _named_failures(HubId(model_id, revision)):
-        return Path(
-            snapshot_download(
-                model_id,
-                revision=revision,
-                allow_patterns=list(files),
-                ignore_patterns=list(_IGNORED),
-                library_name="isthmus",
-            )
+    with _named_failures(hub_id):
+        folder = snapshot_download(
+            hub_id.name,
+            revision=hub_id.revision,
+            allow_patterns=list(files),
+            ignore_patterns=list(_IGNORED),
+            local_files_only=local_files_only,
+            library_name="isthmus",
         )
+    return Path(folder)
 
 
 class HeaderEntry(NamedTuple):
@@ -80,6 +94,7 @@ class HeaderEntry(NamedTuple):
     file: str
     dtype: str
     shape: tuple[int, ...]
+    num_bytes: int
 
 
 def fetch_headers(model_id: str, *, revision: str | None = None) -> dict[str, HeaderEntry]:
@@ -89,7 +104,7 @@ def fetch_headers(model_id: str, *, revision: str | None = None) -> dict[str, He
     with _named_failures(HubId(model_id, revision)):
         files = get_safetensors_metadata(model_id, revision=revision).files_metadata
     return {
-        name: HeaderEntry(file, tensor.dtype, tuple(tensor.shape))
+        name: HeaderEntry(file, tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
         for file, metadata in files.items()
         for name, tensor in metadata.tensors.items()
     }

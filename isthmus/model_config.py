@@ -88,8 +88,7 @@ def parse_config(raw: Mapping[str, Any], context_length: int | None = None) -> M
     family, fields = _family_and_fields(raw)
     hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     sparse_layers = _sparse_layers(family, fields)
-    qk_rope_head_dim = fields.size("qk_rope_head_dim")
-    _check_heads(raw, num_heads, qk_rope_head_dim)
+    _check_heads(raw, fields, num_heads)
     context = _context_length(fields.size("max_position_embeddings"), context_length)
     return ModelConfig(
         model_type=fields.raw["model_type"],
@@ -101,7 +100,7 @@ def parse_config(raw: Mapping[str, Any], context_length: int | None = None) -> M
         q_lora_rank=fields.size("q_lora_rank") if fields.raw.get("q_lora_rank") is not None else None,
         kv_lora_rank=fields.size("kv_lora_rank"),
         qk_nope_head_dim=fields.size("qk_nope_head_dim"),
-        qk_rope_head_dim=qk_rope_head_dim,
+        qk_rope_head_dim=fields.size("qk_rope_head_dim"),
         v_head_dim=fields.size("v_head_dim", hidden_size // num_heads),
         attention_bias=fields.flag("attention_bias"),
         mlp_bias=fields.flag("mlp_bias"),
@@ -137,12 +136,14 @@ def token_ids(value: object) -> tuple[int, ...]:
     return tuple(token_id for token_id in ids if isinstance(token_id, int))
 
 
-def _check_heads(raw: Mapping[str, Any], num_heads: int, qk_rope_head_dim: int) -> None:
+def _check_heads(raw: Mapping[str, Any], fields: Fields, num_heads: int) -> None:
     num_kv_heads = raw.get("num_key_value_heads")
     if num_kv_heads is not None and num_kv_heads != num_heads:
         raise refused("num_key_value_heads", num_kv_heads, (num_heads,))
-    if qk_rope_head_dim % 2:
-        raise refused("qk_rope_head_dim", qk_rope_head_dim, ("even numbers",))
+    if fields.size("qk_rope_head_dim") % 2:
+        raise refused("qk_rope_head_dim", fields.raw["qk_rope_head_dim"], ("even numbers",))
+    if num_heads * fields.size("kv_lora_rank") % 4:  # rows off multiples of 16 bytes get other bits on some processors
+        raise refused("kv_lora_rank", fields.raw["kv_lora_rank"], ("multiples of 4",))
 
 
 def _context_length(longest: int, wanted: int | None) -> int:

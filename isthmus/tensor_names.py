@@ -56,9 +56,9 @@ def find_faults(config: ModelConfig, tensors: Mapping[str, Stored]) -> TensorNam
         if sparse and f"model.layers.{layer}.mlp.experts.gate_up_proj" in present:
             _replace_by_fused(config, f"model.layers.{layer}.mlp.experts.", required)
     model = tuple(required)
-    draft, optional = _draft_shapes(config, present)
+    draft, optional_draft = _draft_shapes(config, present)
     required |= draft
-    optional |= _optional_shapes(config)
+    optional = {**optional_draft, **_optional_shapes(config)}
     if config.fp8:
         required |= _scale_shapes({**required, **optional}, present)
     known = {**required, **optional}
@@ -82,7 +82,7 @@ def find_faults(config: ModelConfig, tensors: Mapping[str, Stored]) -> TensorNam
             ],
         ),
     ]
-    return faults or TensorNames(model, tuple(name for name in {**draft, **optional} if name in present))
+    return faults or TensorNames(model, tuple(name for name in {**draft, **optional_draft} if name in present))
 
 
 def model_shapes(config: ModelConfig) -> Shapes:

@@ -14,13 +14,16 @@ from isthmus.errors import CannotStart, IsthmusError
 from isthmus.rpc_errors import error_from_rpc
 
 EXIT_UNREAD = 141  # as a shell reports SIGPIPE
-_COMMANDS = {"up": up.run, "generate": generate.run, "status": status.run, "model": model.run, "demo": demo.run}
+_COMMANDS = {"up": up.run, "generate": generate.run, "status": status.run, "demo": demo.run}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 1 when a request failed, 2 when something cannot start; one line on stderr says why."""
     parsed = arguments.parse(sys.argv[1:] if argv is None else argv)
     try:
+        if parsed.command == "model":
+            return model.run(parsed)
+        arguments.pin_model(parsed)  # an event loop would keep Ctrl-C from ending a download
         return asyncio.run(_COMMANDS[parsed.command](parsed))
     except KeyboardInterrupt:
         return 130

@@ -4,7 +4,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from isthmus.checkpoint import BUNDLED
 from isthmus.cli.stack import StackSpec
+from isthmus.hub import parse_id, pinned
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -14,13 +18,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_up(commands.add_parser("up", help="run the local stack until Ctrl-C"))
     _add_generate(commands.add_parser("generate", help="stream the answer to a prompt"))
     _add_status(commands.add_parser("status", help="show pools, health and load of a running stack"))
-    model = commands.add_parser("model", help="models in this checkout").add_subparsers(dest="action", required=True)
-    model.add_parser("path", help="print a checkpoint's directory").add_argument(
-        "name", help="'bundled', or a directory"
-    )
+    _add_model(commands.add_parser("model", help="fetch a model, or tell whether it can be served"))
     demo = commands.add_parser("demo", help="start a stack, stream a few prompts, print what was measured, stop it")
     _add_stack(demo)
     return parser.parse_args(argv)
+
+
+def pin_model(parsed: argparse.Namespace) -> None:
+    """Fetches a hub model that a local stack is to serve, and names its commit to all processes. Raises CannotStart."""
+    if parsed.command in ("up", "demo") or (parsed.command == "generate" and parsed.router is None):
+        parsed.model = pinned(parsed.model)
 
 
 def stack_spec(parsed: argparse.Namespace) -> StackSpec:
@@ -38,7 +45,7 @@ def stack_spec(parsed: argparse.Namespace) -> StackSpec:
         redis_url=parsed.redis_url,
         restart=not parsed.no_restart,
         log_level=parsed.log_level,
-        ready_timeout_s=parsed.ready_timeout,
+        ready_timeout_s=parsed.ready_timeout or (60.0 if parsed.model == BUNDLED else 900.0),
     )
 
 
@@ -55,13 +62,13 @@ def stack_flags(parsed: argparse.Namespace) -> list[str]:
 
 def _model(given: str) -> str:
     """Absolute: children run in the checkout's directory."""
-    return given if given == "bundled" else str(Path(given).resolve())
+    return given if given == BUNDLED or parse_id(given) else str(Path(given).resolve())
 
 
 def _add_stack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=_count, default=1, metavar="N", help="prefill workers [1]")
     parser.add_argument("--decode", type=_count, default=1, metavar="M", help="decode workers [1]")
-    parser.add_argument("--model", default="bundled", metavar="DIR", help="checkpoint directory [bundled]")
+    parser.add_argument("--model", default="bundled", metavar="MODEL", help="directory or hub id (org/name) [bundled]")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and cache [fp32]")
     parser.add_argument("--context-length", type=int, metavar="N", help="most tokens of a request [the model's]")
     parser.add_argument("--cache-bytes", metavar="SIZE", help="of each worker's cache, as 2GiB [256MiB]")
@@ -75,7 +82,9 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redis-url", metavar="URL", help="a Redis that runs already [a server of the stack's own]")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="for logs and stack.json [a temporary one]")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="[info]")
-    parser.add_argument("--ready-timeout", type=float, default=60.0, metavar="SECONDS", help="until all serve [60]")
+    parser.add_argument(
+        "--ready-timeout", type=float, metavar="SECONDS", help="until all serve [60; 900 unless bundled]"
+    )
     parser.add_argument("--no-restart", action="store_true", help="leave a child that died dead")
     parser.add_argument("--json", action="store_true", help="print one JSON object when all serve, nothing else")
 
@@ -96,6 +105,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_stack(parser)
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    path = actions.add_parser("path", help="print a checkpoint's directory; a hub model is fetched")
+    check = actions.add_parser("check", help="sizes, room for the cache, and every reason why it cannot be served")
+    for action in (path, check):
+        action.add_argument("model", help="a directory, a hub id (org/name or org/name@revision), or 'bundled'")
+    check.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and cache [fp32]")
+    check.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda keeps FP8 as stored [cpu]")
+    check.add_argument("--memory", type=_size, metavar="SIZE", help="a worker may use, as 24GiB [this machine's]")
+    check.add_argument("--block-size", type=int, choices=[16, 32, 64], default=16, help="tokens in a block [16]")
+    check.add_argument("--context-length", type=int, metavar="N", help="most tokens of a request [the model's]")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router", metavar="ADDR", help="host:port of a router [the newest local stack]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -106,6 +129,13 @@ def _count(text: str) -> int:
     if not 1 <= value <= 64:
         raise argparse.ArgumentTypeError("1 to 64")
     return value
+
+
+def _size(text: str) -> int:
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError("a number of bytes, as 24GiB") from error
 
 
 def _port(text: str) -> int:

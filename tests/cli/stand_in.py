@@ -42,7 +42,10 @@ async def main(config: DecodeConfig) -> None:
 
     role = config.name.partition("-")[0]
     hooks = ServiceHooks(status, drained, Ledger(), Metrics())
-    await serve_until_signal(Face(config, Identity(config.name, role, new_incarnation()), health, hooks, []), work)
+    identity = Identity(config.name, role, new_incarnation())
+    await serve_until_signal(
+        Face(config, identity, health, hooks, "isthmus.v1.DecodeService", lambda _server: None), work
+    )
 
 
 if __name__ == "__main__":

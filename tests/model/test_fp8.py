@@ -42,7 +42,7 @@ RAGGED: dict[str, Any] = {
     "hidden_size": 144,
     "intermediate_size": 200,
     "moe_intermediate_size": 136,
-    "kv_lora_rank": 130,
+    "kv_lora_rank": 132,
     "q_lora_rank": 150,
     "v_head_dim": 50,
 }
