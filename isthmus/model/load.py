@@ -52,6 +52,7 @@ def load_model(
             dtype=dtype,
             device=device,
             embedding=embedding,
+            embedding_scale=torch.tensor(config.embedding_scale, dtype=dtype, device=device),
             layers=layers,
             norm=weights.tensor("model.norm.weight"),
             head=head.t(),

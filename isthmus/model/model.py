@@ -31,6 +31,7 @@ class Model:
     dtype: torch.dtype
     device: torch.device
     embedding: Tensor  # [vocab, D]
+    embedding_scale: Tensor  # in the model's dtype, as transformers rounds it
     layers: tuple[Layer, ...]
     norm: Tensor
     head: Tensor  # [D, vocab]
@@ -46,7 +47,7 @@ class Model:
         `on_layer(l)` is called once layer l's latents are stored; what it raises ends the step.
         """
         rows = self._rows(step.rows)
-        x = self.embedding.index_select(0, step.rows.token_ids) * self.config.embedding_scale
+        x = self.embedding.index_select(0, step.rows.token_ids) * self.embedding_scale
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             queries = project_and_store(layer.attention, x, rows, cache)
             on_layer(index)
