@@ -55,7 +55,7 @@ class DecodeWorker:
         """Opens everything in the order of need; the stack closes it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
             store = await stack.enter_async_context(connected(self._open_store, self._config))
-            engine = self._engine = await asyncio.to_thread(open_engine, self._config)
+            engine = self._engine = await asyncio.to_thread(open_engine, self._config, self._context.health.starting)
             memory = PoolMemory(engine.layout, transfer_memory(engine))
             mirror = await stack.enter_async_context(running(HandoffMirror(store)))
             report = OwnershipReport(mirror, self._identity.incarnation)

@@ -86,6 +86,12 @@ class HealthState:
         self._lock = threading.Lock()
         self._phase = Health(ServiceState.STARTING, serving=False, reason="starting")
 
+    def starting(self, reason: str) -> None:
+        """How far the start is. Without effect after it."""
+        with self._lock:
+            if self._phase.state is ServiceState.STARTING:
+                self._phase = Health(ServiceState.STARTING, serving=False, reason=reason)
+
     def ready(self) -> None:
         """Serving from now on. Without effect while draining."""
         self._set(Health(ServiceState.IDLE, serving=True))

@@ -48,7 +48,7 @@ class PrefillWorker:
         """Opens everything in the order of need; the stack closes it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
             store = await stack.enter_async_context(connected(self._open_store, self._config))
-            engine = self._engine = await asyncio.to_thread(open_engine, self._config)
+            engine = self._engine = await asyncio.to_thread(open_engine, self._config, self._context.health.starting)
             memory = PoolMemory(engine.layout, transfer_memory(engine))
             sender = self._sender = Sender(self._identity.incarnation, memory, self._context.ledger)
             stack.callback(sender.close)

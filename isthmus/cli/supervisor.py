@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from isthmus.config import EXIT_CANNOT_START
 _BACKOFF_S = (0.2, 5.0)  # first, most; doubled each time
 _LIVED_WELL_S = 10.0  # a child that lived this long starts over with the first
 _POLL_S = 0.1
+_LOOK_S = 2.0  # between looks at what keeps a child from serving
 _REDIS_START_S = 5.0
 _DRAIN_S = 3.8  # services drain for 3 s and close; then they are killed
 _REDIS_STOP_S = 0.3
@@ -38,6 +39,7 @@ class Supervision:
     given_redis: str | None = None  # the address of one that is not our child
     restart: bool = True
     ready_timeout_s: float = 60.0
+    on_waiting: Callable[[Mapping[str, str]], None] = lambda _: None  # who does not serve yet, and why
 
 
 class Supervisor:
@@ -127,7 +129,7 @@ class Supervisor:
 
     async def _wait_serving(self, children: Sequence[Child], timeout_s: float) -> None:
         """Raises StackFailed naming who does not serve, why, and where its log is."""
-        deadline = self._clock.now() + timeout_s
+        deadline, next_look = self._clock.now() + timeout_s, self._clock.now() + _LOOK_S
         async with contextlib.AsyncExitStack() as opened:
             waiting = {child: await opened.enter_async_context(_probe(child)) for child in children}
             while True:
@@ -140,6 +142,9 @@ class Supervisor:
                 if self._clock.now() > deadline:
                     reasons = [await _why_not(child, probe) for child, probe in waiting.items()]
                     raise StackFailed("\n".join([f"not serving after {timeout_s:g} s:", *reasons]))
+                if self._clock.now() > next_look:
+                    next_look += _LOOK_S
+                    self._how.on_waiting({child.spec.name: await probe.reason() for child, probe in waiting.items()})
                 await asyncio.sleep(_POLL_S)
 
     async def _end_children(self) -> None:

@@ -12,7 +12,7 @@ from isthmus.cli.child import launched
 from isthmus.cli.supervisor import StackFailed
 from isthmus.config import checkout_root, worker_environment
 
-_START_S = 75.0
+_START_S = 960.0  # its supervisor gives up sooner
 _STOP_S = 6.0  # its supervisor takes at most 5
 _MAX_LINE_BYTES = 1 << 20
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ async def supervise(spec: StackSpec, state_dir: Path | None, on_ready: Callable[
         _log_to(state, held)
         held.enter_context(noted(state))
         how = Supervision(
-            spec.model, _shown(spec.redis_url), restart=spec.restart, ready_timeout_s=spec.ready_timeout_s
+            spec.model,
+            _shown(spec.redis_url),
+            restart=spec.restart,
+            ready_timeout_s=spec.ready_timeout_s,
+            on_waiting=_show_waiting,
         )
         try:
             await Supervisor(children, state, how).run(on_ready)
@@ -46,6 +50,13 @@ async def supervise(spec: StackSpec, state_dir: Path | None, on_ready: Callable[
 def _log_to(state: StateDir, held: ExitStack) -> None:
     stream = held.enter_context((state.logs / "supervisor.log").open("a", encoding="utf-8"))
     log.configure("supervisor", "info", stream)
+
+
+def _show_waiting(reasons: Mapping[str, str]) -> None:
+    """For a person at a terminal, when a start takes long."""
+    if sys.stderr.isatty():
+        sys.stderr.write("".join(f"{name}: {reason}\n" for name, reason in reasons.items()))
+        sys.stderr.flush()
 
 
 def _shown(redis_url: str | None) -> str | None:
