@@ -3,30 +3,40 @@
 Contents are marked before the template sees them: a guard, a character that occurs nowhere else, stands before the
 first visible character and after every character that begins a control token. So no control token can begin in a
 content, nor run from the template's own text into one; split first, drop the guards after, and contents are plain text.
+What the template looks for in contents (`'</think>' in content`) is marked alike.
 """
 
+import datetime
+import functools
 import json
 import re
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
-from typing import Any, NoReturn, Protocol, cast
+from dataclasses import dataclass, replace
+from types import BuiltinMethodType, FrameType
+from typing import Any, ClassVar, NoReturn, Protocol, cast
 
 import jinja2
 import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.errors import CannotStart, InvalidRequest
 
 ROLES = ("system", "user", "assistant")
 _GUARDS = range(0xF0000, 0xFFFFE)  # private use: no meaning of its own, not white space
-_MAX_PRODUCT = 1 << 16
+_SEARCHES = {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "find", "rfind", "index", "count",
+             "replace", "removeprefix", "removesuffix"}  # fmt: skip
+_MAX_PRODUCT = 1 << 16  # of numbers' bits or a repetition; also the largest width
+_MAX_WORK = 1 << 28  # characters that one call of C code may make of its arguments
+_WIDE = re.compile(r"\d{5}|\*")  # widths in a format string
 # What a template's own expressions may raise; everything else is our bug.
 _TEMPLATE_ERRORS = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
+    ValueError,
 )  # fmt: skip
 
 
@@ -67,13 +77,20 @@ class ChatTemplate:
     ):
         """`variables`: bos_token and the like; `controls`: the control tokens. Raises CannotStart."""
         self._limits = limits
-        self._variables = dict(variables)
-        openings = re.escape("".join(sorted({control[0] for control in controls})))
-        self._opening = re.compile(f"[{openings}]") if openings else None
+        self._source = source
+        self._variables: dict[str, object] = {**variables, "tools": None, "documents": None}
+        self._environment = _environment()
+        openings = {control[0] for control in controls}
+        # An opening has its guard behind it: none is needed before, unless it alone could end a control token.
+        unguarded = re.escape("".join(openings - {control[-1] for control in controls}))
+        self._opening = re.compile(f"[{re.escape(''.join(openings))}]" if openings else "(?!)")
+        self._beginning = re.compile(rf"^(\s*)(?=[^\s{unguarded}])")
         self._known = set(source).union(*variables.values(), *controls)
+        self._compiled = functools.lru_cache(maxsize=2)(self._compile)  # by guard: nearly always the first
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            with _bounded(replace(limits, max_seconds=10 * limits.max_seconds)):
+                self._compiled(self._choose_guard(()))
+        except (*_TEMPLATE_ERRORS, SyntaxError, _OverLimit) as error:
             raise CannotStart("chat_template", f"cannot compile: {error}", "repair the model's template") from error
 
     def render(self, messages: Sequence[ChatMessage]) -> GuardedText:
@@ -83,18 +100,27 @@ class ChatTemplate:
         shown = [{"role": message.role, "content": self._guarded(message.content, guard)} for message in messages]
         variables = {**self._variables, "messages": shown, "add_generation_prompt": True}
         try:
-            return GuardedText(self._run(variables), guard)
+            return GuardedText(self._run(self._compiled(guard), variables), guard)
         except _OverLimit as error:
             allowed = f"what renders within {self._limits.max_seconds} s to {self._limits.max_characters} characters"
             raise InvalidRequest.of("chat", str(error), allowed) from None
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequest.of("chat", str(error), "a chat the model's template accepts") from error
 
-    def _run(self, variables: Mapping[str, object]) -> str:
+    def _compile(self, guard: str) -> jinja2.Template:
+        tree = self._environment.parse(self._source)
+        for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter)):
+            for sought in _sought(node):
+                if isinstance(sought, nodes.Const) and isinstance(sought.value, str):
+                    sought.value = self._opening.sub(rf"\g<0>{guard}", sought.value)
+        code = self._environment.compile(tree)
+        return jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
+
+    def _run(self, template: jinja2.Template, variables: Mapping[str, object]) -> str:
         parts: list[str] = []
         num_characters = 0
         with _bounded(self._limits):
-            for part in self._template.generate(variables):
+            for part in template.generate(variables):
                 num_characters += len(part)
                 if num_characters > self._limits.max_characters:
                     raise _OverLimit("too long an output")
@@ -121,13 +147,20 @@ class ChatTemplate:
         raise InvalidRequest.of("chat.messages", "every private-use character", "text that leaves one of them free")
 
     def _guarded(self, content: str, guard: str) -> str:
-        if self._opening is not None:
-            content = self._opening.sub(rf"\g<0>{guard}", content)
-        return re.sub(r"^(\s*)(?=\S)", rf"\g<1>{guard}", content)
+        return self._beginning.sub(rf"\g<1>{guard}", self._opening.sub(rf"\g<0>{guard}", content))
 
 
-class _OverLimit(Exception):
-    """A template ran into a bound."""
+def _sought(node: nodes.Node) -> list[nodes.Expr]:
+    """The operands of a comparison; what a method or filter looks for."""
+    if isinstance(node, nodes.Compare):
+        return [node.expr, *(operand.expr for operand in node.ops)]
+    if isinstance(node, nodes.Call):
+        return node.args[:1] if isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHES else []
+    return node.args[:1] if isinstance(node, nodes.Filter) and node.name == "replace" else []
+
+
+class _OverLimit(BaseException):
+    """A template ran into a bound. Jinja swallows an Exception in places, and the watch ends with the first."""
 
 
 @contextmanager
@@ -138,7 +171,7 @@ def _bounded(limits: ChatLimits) -> Generator[None]:
     def watch(frame: FrameType, event: str, value: object) -> Any:
         if time.thread_time() > deadline:
             raise _OverLimit("too long a rendering")
-        if event == "return" and isinstance(value, str) and len(value) > limits.max_characters:
+        if event == "return" and isinstance(value, str | list | tuple) and len(value) > limits.max_characters:
             raise _OverLimit("too long a string")
         return watch
 
@@ -151,11 +184,21 @@ def _bounded(limits: ChatLimits) -> Generator[None]:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Products and powers are sized before they are made; other growth is a return value that `_bounded` sees."""
+    """What C code could make huge is sized before it is made; other growth is a return value that `_bounded` sees."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
+
+    def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
+        if isinstance(method, BuiltinMethodType):
+            _bound_work(method.__name__, method.__self__, *args, *kwargs.values())
+        return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator in "+%":
+            if operator == "%" and isinstance(left, str):
+                _bound_work("format", left, *(right if isinstance(right, tuple) else (right,)))
+            return super().call_binop(context, operator, left, right)
         size = _size(left) * (right if operator == "**" and isinstance(right, int) else 1) + _size(right)
         if operator == "*" and isinstance(left, int) != isinstance(right, int):
             size = _size(left) * right if isinstance(right, int) else left * _size(right)  # a sequence repeated
@@ -171,16 +214,56 @@ def _size(value: object) -> int:
     return len(value) if isinstance(value, Sized) else 1
 
 
+def _bound_work(name: str, *values: object) -> None:
+    """Called before C code, which nothing watches: sizes may multiply, a width or a count is taken as it is."""
+    if name.startswith("format") and isinstance(values[0], str) and _WIDE.search(values[0]):
+        raise _OverLimit("too wide a format")
+    work = 1
+    for value in values:
+        if isinstance(value, int) and value > _MAX_PRODUCT:
+            raise _OverLimit("too large a number")
+        work *= _MAX_PRODUCT if isinstance(value, Iterator) else max(1, len(value) if isinstance(value, Sized) else 1)
+    if work > _MAX_WORK:
+        raise _OverLimit("too much text")
+
+
+def _sized(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        _bound_work(name, *args, *kwargs.values())
+        return function(*args, **kwargs)
+
+    return bounded
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what to train on: here just its body."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _environment() -> _Environment:
     """Set up as transformers does, so that published templates give the same text."""
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _to_json
-    cast("dict[str, object]", environment.globals)["raise_exception"] = _refuse
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
+    filters = {**environment.filters, "tojson": _to_json}
+    del filters["sum"]  # of lists: unbounded, and numbers need none
+    environment.filters = {name: _sized(name, function) for name, function in filters.items()}
+    cast("dict[str, object]", environment.globals).update(raise_exception=_refuse, strftime_now=_strftime_now)
     return environment
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: object, *, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -43,7 +43,7 @@ class Family:
 
 # A checkpoint that carries another value computes something else.
 ANY_FAMILY_FIXED: Final[Mapping[str, tuple[object, ...]]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
     "moe_layer_freq": (1,),
     # Fields of related architectures.
     "index_topk": (None,),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,16 @@ class Tokenizer:
         self._control_ids = frozenset(self._controls.values())
         self._backend = _backend(settings, added)
         self._vocabulary = read_vocabulary(settings, self._backend.get_vocab(with_added_tokens=True))
+        self._seam = secrets.token_hex(16)  # nobody can write it
+        self._backend.add_tokens([tokenizers.AddedToken(self._seam, normalized=False)])
         self._min_tokens_per_byte = _min_tokens_per_byte(settings, self._vocabulary)
         named = _named_tokens(config)
         self._before, self._after = _frame(self._backend, config, named)
         source = template if template is not None else _template_source(config)
         self._chat_template = None if source is None else ChatTemplate(source, named, list(self._controls))
         self._control_pattern = _any_of(self._controls)
+        self._strip_before = {token.content for token in added if token.lstrip}
+        self._strip_behind = {token.content for token in added if token.rstrip}
 
     @classmethod
     def open(cls, path: Path | str) -> "Tokenizer":
@@ -42,7 +47,11 @@ class Tokenizer:
         if not settings:
             problem, mend = "the file is missing", "point --model at a complete model directory"
             raise CannotStart(f"model: {folder / 'tokenizer.json'}", problem, mend)
-        return cls(settings, _read_json(folder, "tokenizer_config.json"), _read(folder, "chat_template.jinja"))
+        try:
+            return cls(settings, _read_json(folder, "tokenizer_config.json"), _read(folder, "chat_template.jinja"))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            problem = f"the tokenizer's files are not as published: {error!r}"
+            raise CannotStart(f"model: {folder}", problem, "take the published files") from error
 
     @property
     def vocab_size(self) -> int:
@@ -68,13 +77,18 @@ class Tokenizer:
             _check_size(message.content, max_bytes, f"chat.messages[{i}].content")
         chat = self._chat_template.render(messages)
         _check_size(chat.plain(chat.text), max_bytes, "chat")
-        token_ids: list[int] = []
-        for part in self._control_pattern.split(chat.text):
-            if part in self._controls:
-                token_ids.append(self._controls[part])
-            elif part:
-                token_ids += self._encode_text(chat.plain(part), "chat")
+        parts = [chat.plain(part) for part in self._control_pattern.split(chat.text)]  # text, control, text, ..., text
+        token_ids = self._encode_part(parts, 0)
+        for i in range(1, len(parts), 2):
+            token_ids += [self._controls[parts[i]], *self._encode_part(parts, i + 1)]
         return token_ids
+
+    def _encode_part(self, parts: Sequence[str], i: int) -> list[int]:
+        part, before, behind = parts[i], "".join(parts[i - 1 : i]), "".join(parts[i + 1 : i + 2])
+        part = part.lstrip() if before in self._strip_behind else part
+        part = part.rstrip() if behind in self._strip_before else part
+        # A tokenizer may treat the first text apart from what follows a token (Metaspace's "first").
+        return self._encode_text(self._seam + part, "chat")[1:] if before and part else self._encode_text(part, "chat")
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """What a Detokenizer without stop strings releases for these tokens in all."""
@@ -107,6 +121,9 @@ def _backend(settings: Mapping[str, Any], added: Sequence[AddedToken]) -> tokeni
         backend = tokenizers.Tokenizer.from_str(json.dumps(changed))
     except Exception as error:  # the library raises nothing more precise for a bad file
         raise CannotStart("tokenizer.json", str(error), "take the file the model was published with") from error
+    if unlike := [token.content for token in added if backend.token_to_id(token.content) != token.id]:
+        problem = f"{unlike[0]!r} would get another id: the library closes gaps between ids"
+        raise CannotStart("tokenizer.json: added_tokens", problem, "add tokens for the ids left out")
     backend.encode_special_tokens = True
     return backend
 
@@ -136,12 +153,9 @@ def _min_tokens_per_byte(settings: Mapping[str, Any], vocabulary: Vocabulary) ->
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and the like, as templates use them."""
-    named: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(name)
-        named[name] = (value.get("content") if isinstance(value, dict) else value) or ""
-    return named
+    """bos_token and the like, as templates use them; one that is null is undefined there."""
+    named = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
+    return {name: value for name, value in named.items() if name.endswith("_token") and isinstance(value, str)}
 
 
 def _template_source(config: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,8 @@ class AddedToken:
     id: int
     content: str
     is_special: bool  # releases no text
+    lstrip: bool  # takes the white space before it
+    rstrip: bool  # and behind it
 
     @property
     def is_control(self) -> bool:
@@ -37,7 +39,8 @@ class Vocabulary:
 
 def read_added_tokens(settings: Mapping[str, Any]) -> list[AddedToken]:
     entries = cast("list[dict[str, Any]]", settings.get("added_tokens") or [])
-    return [AddedToken(entry["id"], entry["content"], bool(entry.get("special"))) for entry in entries]
+    flags = ("special", "lstrip", "rstrip")
+    return [AddedToken(entry["id"], entry["content"], *(bool(entry.get(flag)) for flag in flags)) for entry in entries]
 
 
 def read_vocabulary(settings: Mapping[str, Any], ids: Mapping[str, int]) -> Vocabulary:

@@ -37,8 +37,8 @@ def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
     """Computes in scratch blocks of the pool and gives them back. Raises CannotStart if batch 1 and 3 differ."""
     config = runner.model.config
     context = min(_PROMPT_TOKENS + _REPLAYED + _DECODED, config.context_length)
-    if context < TILE:
-        raise CannotStart("model", f"its context of {context} is shorter than a tile ({TILE})", "use another model")
+    if context < _REPLAYED + _DECODED + 2:
+        raise CannotStart("context_length", f"{context} is too short for the start-up check", "set it higher")
     lengths = (context - _REPLAYED - _DECODED, *_OTHERS)
     prompts = [_prompt(min(n, lengths[0]), config.vocab_size, salt=salt) for salt, n in enumerate(lengths)]
     blocks_each = runner.cache.layout.num_blocks(context)
@@ -54,7 +54,7 @@ def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
         ]
         alone = [_outcomes(runner, [one], cut=None)[0] for one in sequences[:2]]
         # In company each has another place in the batch, and its prompt is cut off every tile and block border.
-        together = _outcomes(runner, sequences[::-1], cut=21)[:0:-1]
+        together = _outcomes(runner, sequences[::-1], cut=min(21, lengths[0] - 1))[:0:-1]
     finally:
         pool.release(scratch)
     if alone != together:
