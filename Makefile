@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test check lint types imports proto containers stubs format clean
+.PHONY: help env demo test oracle check lint types imports proto containers stubs format clean
 
 help: ## show the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,10 @@ demo: $(READY) ## start the stack, stream a few prompts, print what was measured
 
 test: check ## static checks and every test that needs no GPU
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+ORACLE_SEEDS ?= 8
+oracle: $(READY) ## every architecture against transformers; ORACLE_SEEDS=20 tries more configurations
+	@ORACLE_SEEDS=$(ORACLE_SEEDS) $(BIN)/python -m pytest tests/oracle $(PYTEST_ARGS)
 
 check: lint types imports proto containers ## all static checks
 
