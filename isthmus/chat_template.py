@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Si
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import BuiltinMethodType, FrameType
-from typing import Any, ClassVar, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import jinja2
 import jinja2.ext
@@ -150,13 +150,12 @@ class ChatTemplate:
         return self._beginning.sub(rf"\g<1>{guard}", self._opening.sub(rf"\g<0>{guard}", content))
 
 
-def _sought(node: nodes.Node) -> list[nodes.Expr]:
+def _sought(node: nodes.Compare | nodes.Call | nodes.Filter) -> list[nodes.Expr]:
     """The operands of a comparison; what a method or filter looks for."""
     if isinstance(node, nodes.Compare):
         return [node.expr, *(operand.expr for operand in node.ops)]
-    if isinstance(node, nodes.Call):
-        return node.args[:1] if isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHES else []
-    return node.args[:1] if isinstance(node, nodes.Filter) and node.name == "replace" else []
+    name = node.name if isinstance(node, nodes.Filter) else getattr(node.node, "attr", None)
+    return node.args[:1] if name in _SEARCHES else []
 
 
 class _OverLimit(BaseException):
@@ -222,7 +221,8 @@ def _bound_work(name: str, *values: object) -> None:
     for value in values:
         if isinstance(value, int) and value > _MAX_PRODUCT:
             raise _OverLimit("too large a number")
-        work *= _MAX_PRODUCT if isinstance(value, Iterator) else max(1, len(value) if isinstance(value, Sized) else 1)
+        if isinstance(value, str | list | tuple | Iterator):
+            work *= _MAX_PRODUCT if isinstance(value, Iterator) else max(1, len(value))
     if work > _MAX_WORK:
         raise _OverLimit("too much text")
 
@@ -239,7 +239,7 @@ def _sized(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks what to train on: here just its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -252,7 +252,8 @@ def _environment() -> _Environment:
     filters = {**environment.filters, "tojson": _to_json}
     del filters["sum"]  # of lists: unbounded, and numbers need none
     environment.filters = {name: _sized(name, function) for name, function in filters.items()}
-    cast("dict[str, object]", environment.globals).update(raise_exception=_refuse, strftime_now=_strftime_now)
+    names = cast("dict[str, object]", environment.globals)
+    names.update(raise_exception=_refuse, strftime_now=lambda pattern: datetime.datetime.now().strftime(pattern))
     return environment
 
 
@@ -260,10 +261,6 @@ def _to_json(
     value: object, *, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
 
 
 def _refuse(message: str) -> NoReturn:

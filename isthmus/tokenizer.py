@@ -25,7 +25,8 @@ class Tokenizer:
         """From tokenizer.json, tokenizer_config.json and, before the latter's own template, chat_template.jinja."""
         added = read_added_tokens(settings)
         self._controls = {token.content: token.id for token in added if token.is_control and len(token.content) > 1}
-        self._control_ids = frozenset(self._controls.values())
+        unknown = (settings.get("model") or {}).get("unk_token")  # what a character outside the vocabulary becomes
+        self._control_ids = frozenset(self._controls[content] for content in self._controls if content != unknown)
         self._backend = _backend(settings, added)
         self._vocabulary = read_vocabulary(settings, self._backend.get_vocab(with_added_tokens=True))
         self._seam = secrets.token_hex(16)  # nobody can write it
@@ -180,7 +181,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     """Empty where there is no such file."""
     try:
         return json.loads(_read(folder, name) or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CannotStart(f"model: {folder / name}", f"not JSON: {error}", "take the published file") from error
 
 

@@ -6,8 +6,14 @@ from typing import Any, cast
 
 from isthmus.errors import CannotStart
 
-_SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 _WORD_START = "\u2581"  # sentencepiece writes a space as this
+_SENTENCEPIECE_DECODERS: tuple[Mapping[str, Any], ...] = (  # each with at least these settings
+    {"type": "Metaspace", "replacement": _WORD_START},
+    {"type": "Replace", "pattern": {"String": _WORD_START}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+)
 _CONTROL_OPENINGS = "<[\uff5c"
 
 
@@ -46,21 +52,25 @@ def read_added_tokens(settings: Mapping[str, Any]) -> list[AddedToken]:
 def read_vocabulary(settings: Mapping[str, Any], ids: Mapping[str, int]) -> Vocabulary:
     """From tokenizer.json and the ids of all tokens, added ones included. Raises CannotStart for unknown decoders."""
     decoders = _flatten(settings.get("decoder"))
-    kinds = {decoder["type"] for decoder in decoders}
-    if kinds == {"ByteLevel"}:
+    added = read_added_tokens(settings)
+    if is_byte_level := {decoder["type"] for decoder in decoders} == {"ByteLevel"}:
         by_character = _byte_level_alphabet()
         strips, to_bytes = False, lambda token: _byte_level_bytes(token, by_character)
-    elif kinds and kinds <= _SENTENCEPIECE_DECODERS:
-        strips = any(_strips_leading_space(decoder) for decoder in decoders)
+    elif decoders and all(any(d.items() <= decoder.items() for d in _SENTENCEPIECE_DECODERS) for decoder in decoders):
+        prepends = any(d.get("prepend_scheme") != "never" for d in decoders if d["type"] == "Metaspace")
+        strips = prepends or any(d["type"] == "Strip" for d in decoders)
         to_bytes = _sentencepiece_bytes
     else:
         mend = "take a byte-level or sentencepiece tokenizer"
-        raise CannotStart("tokenizer.json: decoder", f"{sorted(kinds)} is not known", mend)
-    special = {token.id for token in read_added_tokens(settings) if token.is_special}
+        raise CannotStart("tokenizer.json: decoder", f"{decoders} is not known", mend)
     table = [b""] * (max(ids.values(), default=-1) + 1)
     for token, token_id in ids.items():
-        if token_id not in special:
-            table[token_id] = to_bytes(token)
+        table[token_id] = to_bytes(token)
+    for token in added:
+        if token.is_special:
+            table[token.id] = b""
+        elif is_byte_level:  # added tokens are text as it is: the library would take an added "\u00f6" for a byte
+            table[token.id] = token.content.encode()
     return Vocabulary(tuple(table), strips)
 
 
@@ -70,12 +80,6 @@ def _flatten(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if decoder["type"] == "Sequence":
         return [inner for part in decoder["decoders"] for inner in _flatten(part)]
     return [decoder]
-
-
-def _strips_leading_space(decoder: Mapping[str, Any]) -> bool:
-    if decoder["type"] == "Metaspace":
-        return decoder.get("prepend_scheme", "always") != "never"
-    return decoder["type"] == "Strip" and decoder["content"] == " " and decoder["start"] > 0
 
 
 def _byte_level_alphabet() -> dict[str, int]:

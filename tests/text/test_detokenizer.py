@@ -207,8 +207,11 @@ def test_sentencepiece_text_is_the_library_s_decoding(token_ids: list[int]) -> N
     assert run(Detokenizer(vocabulary), token_ids) == library.decode(token_ids)
 
 
-@pytest.mark.parametrize("scheme", ["always", "never"])
-def test_metaspace_decoders_are_read(scheme: str) -> None:
-    decoder = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}
+@pytest.mark.parametrize(
+    "scheme", [{"prepend_scheme": "always"}, {"prepend_scheme": "never"}, {"add_prefix_space": True}]
+)
+def test_metaspace_decoders_are_read(scheme: dict[str, object]) -> None:
+    decoder = {"type": "Metaspace", "replacement": "▁", **scheme}
     vocabulary = read_vocabulary({"decoder": decoder}, {"▁Hello": 0})
-    assert run(Detokenizer(vocabulary), [0, 0]) == ("Hello Hello" if scheme == "always" else " Hello Hello")
+    expected = " Hello Hello" if "never" in scheme.values() else "Hello Hello"
+    assert run(Detokenizer(vocabulary), [0, 0]) == expected
