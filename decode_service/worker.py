@@ -94,7 +94,7 @@ class StepLoop:
             stream.grow(self._engine.pool)
         try:
             rows = [DecodeRow(stream.token_ids[-1], stream.next_position, stream.block_table) for stream in batch]
-            logits = self._engine.runner.decode(rows)
+            logits = self._engine.runner.decode(rows, on_layer=lambda _: self._context.progress.layer_done())
             results = sample(logits, [SamplingInput(stream.request, stream.token_ids) for stream in batch])
         except Exception as error:
             log.exception("step_failed", error, num_streams=len(batch))

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from isthmus.clock import Clock, SystemClock
 
-STALL_S = 3.0  # work pending and no step finished for this long
+STALL_S = 3.0  # work pending and no layer of a step finished for this long
 _WATCH_INTERVAL_S = 0.1
 _MAX_WATCHERS = 256
 
@@ -52,11 +52,15 @@ class ProgressWatch:
             if self._progress_at is None:
                 self._progress_at = self._clock.now()
 
-    def step_done(self) -> None:
+    def layer_done(self) -> None:
+        """A layer is progress enough: a step of a large model may take longer than a stall."""
         with self._lock:
-            self.num_steps += 1
             if self._progress_at is not None:
                 self._progress_at = self._clock.now()
+
+    def step_done(self) -> None:
+        self.num_steps += 1
+        self.layer_done()
 
     def idle(self) -> None:
         """Nothing is pending."""
@@ -110,7 +114,7 @@ class HealthState:
             return phase
         seconds = self.watch.seconds_since_progress
         if self.watch.is_stalled:
-            return Health(ServiceState.STALLED, serving=False, reason=f"no step finished for {seconds:.1f} s")
+            return Health(ServiceState.STALLED, serving=False, reason=f"no layer finished for {seconds:.1f} s")
         return Health(ServiceState.STEPPING, serving=True)
 
     def _set(self, phase: Health) -> None:

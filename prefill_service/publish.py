@@ -13,6 +13,7 @@ class Abandoned(Exception):
 
 def publish_layer(chunks: Ordered[Chunk], layout: KvLayout, context: WorkerContext, layer: int) -> None:
     """`on_layer` of one step's pass: hands finished rows to the transfers, and checks for cancellation."""
+    context.progress.layer_done()
     now = context.clock.now()
     live = [chunk for chunk in chunks if not chunk.sequence.must_stop(now)]
     if not live:

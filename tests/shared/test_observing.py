@@ -79,6 +79,19 @@ def test_state_follows_work_stall_and_recovery():
     assert health.watch.num_steps == 1
 
 
+def test_a_long_step_is_no_stall_while_its_layers_finish():
+    clock = StoppedClock()
+    health = HealthState(ProgressWatch(clock))
+    health.ready()
+    health.watch.begin_work()
+    for _ in range(10):
+        clock.time += 2.9
+        health.watch.layer_done()
+    assert (health.snapshot().state, health.watch.num_steps) == (ServiceState.STEPPING, 0)
+    clock.time += 3.0
+    assert health.snapshot().state is ServiceState.STALLED
+
+
 def test_draining_is_for_good():
     health = HealthState()
     health.drain()
