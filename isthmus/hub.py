@@ -48,15 +48,6 @@ def model_name(model: str) -> str:
     return hub_id.name if (hub_id := parse_id(model)) else Path(model).name
 
 
-def pinned(model: str) -> str:
-    """A hub id with the commit it stands for now, fetched, so that processes started with it need no network.
-
-    Anything else is returned as it is. Raises CannotStart.
-    """
-    hub_id = parse_id(model)
-    return model if hub_id is None else f"{hub_id.name}@{fetch(hub_id.name, revision=hub_id.revision).name}"
-
-
 def fetch(model_id: str, *, revision: str | None = None, files: Sequence[str] = _FETCHED_FILES) -> Path:
     """The directory in the cache, named for its commit, with those of `files` that the model has.
 
@@ -76,7 +67,7 @@ def fetch(model_id: str, *, revision: str | None = None, files: Sequence[str] = 
 def _snapshot(hub_id: HubId, files: Sequence[str], *, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _named_failures(hub_id):
+    with named_failures(hub_id):
         folder = snapshot_download(
             hub_id.name,
             revision=hub_id.revision,
@@ -88,30 +79,8 @@ def _snapshot(hub_id: HubId, files: Sequence[str], *, local_files_only: bool) ->
     return Path(folder)
 
 
-class HeaderEntry(NamedTuple):
-    """What the header of a weight file on the hub says of one tensor."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-
-
-def fetch_headers(model_id: str, *, revision: str | None = None) -> dict[str, HeaderEntry]:
-    """Name to entry, by ranged reads of each file's start; no weights are fetched. Raises CannotStart."""
-    from huggingface_hub import get_safetensors_metadata
-
-    with _named_failures(HubId(model_id, revision)):
-        files = get_safetensors_metadata(model_id, revision=revision).files_metadata
-    return {
-        name: HeaderEntry(file, tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
-        for file, metadata in files.items()
-        for name, tensor in metadata.tensors.items()
-    }
-
-
 @contextmanager
-def _named_failures(hub_id: HubId) -> Generator[None]:
+def named_failures(hub_id: HubId) -> Generator[None]:
     """What the library can raise, as CannotStart; no request waits without a bound."""
     from huggingface_hub import constants, errors, get_session
 

@@ -16,6 +16,7 @@ from isthmus.vocabulary import AddedToken, Vocabulary, read_added_tokens, read_v
 
 MAX_TEXT_BYTES = 1 << 20
 _MAX_FILE_BYTES = 256 << 20
+_IDS_ONLY = "token_ids: the model has no tokenizer.json"
 
 
 class Tokenizer:
@@ -42,16 +43,18 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path | str) -> "Tokenizer":
-        """Reads a model directory. Raises CannotStart naming the file."""
+        """Reads a model directory. Raises CannotStart naming the file; without one the model speaks token ids only."""
         folder = Path(path)
-        settings = _read_json(folder, "tokenizer.json")
-        if not settings:
-            problem, mend = "the file is missing", "point --model at a complete model directory"
-            raise CannotStart(f"model: {folder / 'tokenizer.json'}", problem, mend)
+        if not (folder / "tokenizer.json").is_file():
+            return NoTokenizer()
         try:
-            return cls(settings, _read_json(folder, "tokenizer_config.json"), _read(folder, "chat_template.jinja"))
+            return cls(
+                _read_json(folder, "tokenizer.json"),
+                _read_json(folder, "tokenizer_config.json"),
+                _read(folder, "chat_template.jinja"),
+            )
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            problem = f"the tokenizer's files are not as published: {error!r}"
+            problem = f"tokenizer.json or what belongs to it is not as published: {error!r}"
             raise CannotStart(f"model: {folder}", problem, "take the published files") from error
 
     @property
@@ -105,6 +108,27 @@ class Tokenizer:
         if not self._control_ids.isdisjoint(token_ids):  # vocabularies exist that hold control tokens as words
             raise InvalidRequest.of(field, "a control token", "text without the model's control tokens")
         return token_ids
+
+
+class NoTokenizer(Tokenizer):
+    """Of a model published without tokenizer.json (Kimi, Moonlight): prompts and answers are token ids."""
+
+    def __init__(self) -> None:
+        self._vocabulary = Vocabulary((), strips_leading_space=False)
+
+    def encode(self, text: str, *, max_bytes: int = MAX_TEXT_BYTES, max_tokens: int | None = None) -> list[int]:
+        raise InvalidRequest.of("prompt", text, _IDS_ONLY)
+
+    def encode_chat(self, messages: Sequence[ChatMessage], *, max_bytes: int = MAX_TEXT_BYTES) -> list[int]:
+        raise InvalidRequest.of("chat", f"{len(messages)} messages", _IDS_ONLY)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        raise InvalidRequest.of("token_ids", "ids to turn into text", "nothing: the model has no tokenizer.json")
+
+    def detokenizer(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> Detokenizer:
+        if stop:
+            raise InvalidRequest.of("sampling.stop", list(stop), "stop_token_ids: the model has no tokenizer.json")
+        return super().detokenizer()
 
 
 def _any_of(controls: Iterable[str]) -> re.Pattern[str]:

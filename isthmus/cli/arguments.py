@@ -7,8 +7,9 @@ from pathlib import Path
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from isthmus.checkpoint import BUNDLED
+from isthmus.cli.hub_model import pinned
 from isthmus.cli.stack import StackSpec
-from isthmus.hub import parse_id, pinned
+from isthmus.hub import parse_id
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

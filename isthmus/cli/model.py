@@ -53,7 +53,8 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
         yield from _weight_lines(report.weights)
     if report.serving is not None:
         yield from _serving_lines(report.serving)
-    yield "tokenizer", f"{_present(report.has_tokenizer)}; chat template {_present(report.has_chat_template)}"
+    text = "present" if report.has_tokenizer else "missing: prompts and answers are token ids"
+    yield "tokenizer", f"{text}; chat template {_present(report.has_chat_template)}"
     yield "ends with", ", ".join(map(str, report.eos_token_ids)) or "no token: only a limit or a stop string ends text"
 
 

@@ -12,11 +12,12 @@ from typing import Any, Final, Protocol
 
 from isthmus import hub
 from isthmus.checkpoint import read_tensors, resolve_model
+from isthmus.cli.hub_model import fetch_headers
 from isthmus.errors import CannotStart
 from isthmus.kv_layout import DTYPE_BYTES, KvLayout, Plane, PlaneKind
 from isthmus.model_config import ModelConfig, parse_config, token_ids
 from isthmus.tensor_names import TensorNames, find_faults, model_shapes
-from isthmus.tokenizer import Tokenizer
+from isthmus.tokenizer import NoTokenizer, Tokenizer
 
 _FP8: Final = "F8_E4M3"
 _CANNOT_START: Final = "cannot start: model: "
@@ -146,7 +147,7 @@ def _has_weights(folder: Path) -> bool:
 def _tensors(folder: Path, remote: hub.HubId | None, report: Report) -> Mapping[str, Stored] | None:
     with _reasons(report):
         if remote is not None:
-            return hub.fetch_headers(remote.name, revision=remote.revision)
+            return fetch_headers(remote.name, revision=remote.revision)
         return read_tensors(folder)[1]
     return None
 
@@ -173,7 +174,7 @@ def _read_json(file: Path, report: Report) -> dict[str, Any]:
 def _look_at_text(folder: Path, report: Report) -> None:
     with _reasons(report):
         tokenizer = Tokenizer.open(folder)
-        report.has_tokenizer = True
+        report.has_tokenizer = not isinstance(tokenizer, NoTokenizer)
         report.has_chat_template = (folder / "chat_template.jinja").exists() or bool(
             _read_json(folder / "tokenizer_config.json", report).get("chat_template")
         )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.hub import HubId, model_name, parse_id, pinned
+from isthmus.cli.hub_model import pinned
+from isthmus.hub import HubId, model_name, parse_id
 from tests.model.hub_server import Hub, HubModel, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,7 @@ LEFT_ALONE = {
 PROGRAM = """
 import json, resource, sys
 from isthmus import hub
+from isthmus.cli import hub_model
 from isthmus.errors import CannotStart
 call, model, max_file_bytes = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(max_file_bytes), int(max_file_bytes)))
@@ -55,8 +57,8 @@ name, revision = hub.parse_id(model)
 try:
     match call:
         case "fetch": print(hub.fetch(name, revision=revision))
-        case "pinned": print(hub.pinned(model))
-        case "fetch_headers": print(json.dumps(hub.fetch_headers(name, revision=revision)))
+        case "pinned": print(hub_model.pinned(model))
+        case "fetch_headers": print(json.dumps(hub_model.fetch_headers(name, revision=revision)))
 except CannotStart as error:
     sys.exit(str(error))
 """

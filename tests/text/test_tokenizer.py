@@ -226,9 +226,20 @@ def test_a_broken_template_stops_the_start() -> None:
         ChatTemplate("{% for %}", {}, [])
 
 
-def test_missing_and_broken_files_stop_the_start(tmp_path: Path) -> None:
-    with pytest.raises(CannotStart, match=r"tokenizer\.json: the file is missing"):
-        Tokenizer.open(tmp_path)
+def test_without_a_tokenizer_everything_that_needs_text_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.open(tmp_path)
+    for ask in (
+        lambda: tokenizer.encode("a"),
+        lambda: tokenizer.encode_chat([]),
+        lambda: tokenizer.decode([1]),
+        lambda: tokenizer.detokenizer(["x"]),
+    ):
+        with pytest.raises(InvalidRequest, match=r"no tokenizer\.json"):
+            ask()
+    assert tokenizer.detokenizer().push(7).text == ""
+
+
+def test_broken_files_stop_the_start(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CannotStart, match=r"tokenizer\.json: not JSON"):
         Tokenizer.open(tmp_path)
