@@ -20,7 +20,7 @@ from isthmus.config import EXIT_CANNOT_START
 _BACKOFF_S = (0.2, 5.0)  # first, most; doubled each time
 _LIVED_WELL_S = 10.0  # a child that lived this long starts over with the first
 _POLL_S = 0.1
-_LOOK_S = 2.0  # between looks at what keeps a child from serving
+_LOOK_S = 2.0  # a start that takes longer is shown
 _REDIS_START_S = 5.0
 _DRAIN_S = 3.8  # services drain for 3 s and close; then they are killed
 _REDIS_STOP_S = 0.3
@@ -39,7 +39,7 @@ class Supervision:
     given_redis: str | None = None  # the address of one that is not our child
     restart: bool = True
     ready_timeout_s: float = 60.0
-    on_waiting: Callable[[Mapping[str, str]], None] = lambda _: None  # who does not serve yet, and why
+    on_waiting: Callable[[Mapping[str, str]], None] = lambda _: None  # who does not serve yet, and why; {} at the end
 
 
 class Supervisor:
@@ -138,12 +138,13 @@ class Supervisor:
                     child: probe for (child, probe), yes in zip(waiting.items(), answers, strict=True) if not yes
                 }
                 if not waiting:
+                    self._how.on_waiting({})
                     return
                 if self._clock.now() > deadline:
                     reasons = [await _why_not(child, probe) for child, probe in waiting.items()]
                     raise StackFailed("\n".join([f"not serving after {timeout_s:g} s:", *reasons]))
                 if self._clock.now() > next_look:
-                    next_look += _LOOK_S
+                    next_look = self._clock.now() + _POLL_S
                     self._how.on_waiting({child.spec.name: await probe.reason() for child, probe in waiting.items()})
                 await asyncio.sleep(_POLL_S)
 

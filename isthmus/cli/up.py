@@ -2,17 +2,22 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from isthmus import log
 from isthmus.cli import arguments
 from isthmus.cli.stack import Ports, StackSpec, plan
 from isthmus.cli.state import StateDir, noted, open_state_dir
 from isthmus.cli.supervisor import StackFailed, Supervision, Supervisor
+
+_UP, _CLEAR_BELOW = "\x1b[A", "\x1b[J"
+_BAR_WIDTH = 30
+_LOADED = re.compile(r"weights loaded: ([\d,]+) of ([\d,]+) MiB")  # isthmus.worker_engine says so
 
 
 async def run(parsed: argparse.Namespace) -> int:
@@ -38,7 +43,7 @@ async def supervise(spec: StackSpec, state_dir: Path | None, on_ready: Callable[
             _shown(spec.redis_url),
             restart=spec.restart,
             ready_timeout_s=spec.ready_timeout_s,
-            on_waiting=_show_waiting,
+            on_waiting=Waiting(sys.stderr),
         )
         try:
             await Supervisor(children, state, how).run(on_ready)
@@ -52,11 +57,29 @@ def _log_to(state: StateDir, held: ExitStack) -> None:
     log.configure("supervisor", "info", stream)
 
 
-def _show_waiting(reasons: Mapping[str, str]) -> None:
-    """For a person at a terminal, when a start takes long."""
-    if sys.stderr.isatty():
-        sys.stderr.write("".join(f"{name}: {reason}\n" for name, reason in reasons.items()))
-        sys.stderr.flush()
+class Waiting:
+    """For a person at a terminal, when a start takes long: a line for each process that does not serve yet."""
+
+    def __init__(self, out: TextIO):
+        self._out = out
+        self._num_drawn = 0
+
+    def __call__(self, reasons: Mapping[str, str]) -> None:
+        """None left clears the lines."""
+        if not self._out.isatty():
+            return
+        lines = "".join(f"{_progress(name, reason)}\n" for name, reason in reasons.items())
+        self._out.write(_UP * self._num_drawn + "\r" + _CLEAR_BELOW + lines)
+        self._out.flush()
+        self._num_drawn = len(reasons)
+
+
+def _progress(name: str, reason: str) -> str:
+    if not (loaded := _LOADED.search(reason)):
+        return f"{name:12}{reason}"
+    done, total = (int(number.replace(",", "")) for number in loaded.groups())
+    filled = _BAR_WIDTH * done // max(1, total)
+    return f"{name:12}loading weights [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {loaded[1]} of {loaded[2]} MiB"
 
 
 def _shown(redis_url: str | None) -> str | None:
