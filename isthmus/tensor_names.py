@@ -32,9 +32,8 @@ class Stored(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """The checked content of a checkpoint: every name of the model itself, and those of its draft (MTP) layers."""
+    """Of a checkpoint whose tensors were checked."""
 
-    model: tuple[str, ...]
     draft: tuple[str, ...]  # model.layers.{num_layers + i}.*: recognised, checked, not loaded
 
 
@@ -55,7 +54,6 @@ def find_faults(config: ModelConfig, tensors: Mapping[str, Stored]) -> TensorNam
     for layer, sparse in enumerate(config.sparse_layers):
         if sparse and f"model.layers.{layer}.mlp.experts.gate_up_proj" in present:
             _replace_by_fused(config, f"model.layers.{layer}.mlp.experts.", required)
-    model = tuple(required)
     draft, optional_draft = _draft_shapes(config, present)
     required |= draft
     optional = {**optional_draft, **_optional_shapes(config)}
@@ -82,7 +80,7 @@ def find_faults(config: ModelConfig, tensors: Mapping[str, Stored]) -> TensorNam
             ],
         ),
     ]
-    return faults or TensorNames(model, tuple(name for name in {**draft, **optional_draft} if name in present))
+    return faults or TensorNames(tuple(name for name in {**draft, **optional_draft} if name in present))
 
 
 def model_shapes(config: ModelConfig) -> Shapes:

@@ -41,7 +41,7 @@ def load_model(
     names = check_tensors(checkpoint)
     config = checkpoint.config
     keeps_fp8 = device.type == "cuda" if keeps_fp8 is None else keeps_fp8
-    with Weights(checkpoint, dtype, device, progress, keeps_fp8=keeps_fp8) as weights:
+    with Weights(checkpoint, dtype, device, progress, keeps_fp8=keeps_fp8, left_out=names.draft) as weights:
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
             layers = tuple(threads.map(lambda layer: _layer(config, layer, weights), range(config.num_layers)))
         embedding = weights.tensor("model.embed_tokens.weight")

@@ -1,7 +1,7 @@
 """Reads tensors of mapped safetensors files into fresh memory of the target dtype and device, a stretch at a time."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,8 +29,16 @@ class Weights:
     """Open weight files. Any thread may read; closing the context ends the mappings, never what was read."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress, *, keeps_fp8: bool
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+        *,
+        keeps_fp8: bool,
+        left_out: Container[str] = (),
     ) -> None:
+        """`left_out`: tensors that nobody will read; `progress` counts without them."""
         self.entries: Mapping[str, TensorEntry] = checkpoint.tensors
         self._checkpoint = checkpoint
         self._dtype = dtype
@@ -39,7 +47,7 @@ class Weights:
         self._progress = progress
         self._lock = threading.Lock()
         self._done = 0
-        self._total = sum(entry.num_bytes for entry in self.entries.values())
+        self._total = sum(entry.num_bytes for name, entry in self.entries.items() if name not in left_out)
         self._files: dict[str, safe_open] = {}
 
     def __enter__(self) -> "Weights":
@@ -57,7 +65,7 @@ class Weights:
         """A vector or table as stored, in `dtype` (None: the model's)."""
         stored = self._stored(name)
         out = torch.empty(stored.shape, dtype=dtype or self._dtype, device=self._device).copy_(stored)
-        self._count(stored)
+        self._count(name)
         return out
 
     def plain(self, name: str) -> Tensor:
@@ -127,7 +135,7 @@ class Weights:
                 _copy(ref.dequantise(values, of_rows[rows], out.dtype), out, rows, part.places)
             else:
                 _copy(values, out, rows, part.places)
-        self._count(stored)
+        self._count(f"{part.name}.weight", f"{part.name}.weight_scale_inv", f"{part.name}.bias")
 
     def _scales_of_rows(self, name: str) -> Tensor | None:
         """A row of scales for each row of the matrix; None where it is not FP8."""
@@ -152,9 +160,9 @@ class Weights:
     def _stored(self, name: str) -> Tensor:
         return self._files[self.entries[name].file.name].get_tensor(name)
 
-    def _count(self, stored: Tensor) -> None:
+    def _count(self, *names: str) -> None:
         with self._lock:
-            self._done += stored.nbytes
+            self._done += sum(self.entries[name].num_bytes for name in names if name in self.entries)
             self._progress(self._done, self._total)
 
 

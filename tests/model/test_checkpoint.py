@@ -104,6 +104,16 @@ def test_draft_layers_are_recognised_and_kept_aside():
     assert all(name.startswith(f"model.layers.{last}.") for name in model.draft_tensors)
 
 
+def test_progress_ends_at_the_bytes_that_are_read():
+    """The bundled checkpoint has draft layers: they do not count."""
+    told: list[tuple[int, int]] = []
+    checkpoint = Checkpoint.open("bundled")
+    load_model(checkpoint, torch.float32, torch.device("cpu"), lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    done, total = told[-1]
+    assert done == total < sum(entry.num_bytes for entry in checkpoint.tensors.values())
+
+
 def test_a_layer_too_many_that_is_no_draft_layer_is_unexpected(folder: Path):
     rewrite(folder, lambda tensors: tensors.update({"model.layers.3.input_layernorm.weight": torch.ones(48)}))
     with pytest.raises(CannotStart, match=r"unexpected: model\.layers\.3\.input_layernorm\.weight"):
