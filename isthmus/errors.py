@@ -96,6 +96,30 @@ class StaleOwner(IsthmusError):
     grpc_status, reason, http_status = "ABORTED", "STALE_OWNER", 409
 
 
+class StreamGone(IsthmusError):
+    """Nobody holds the stream: it can be continued from its emitted tokens and its seed."""
+
+    grpc_status, reason, http_status, openai_type = "NOT_FOUND", "STREAM_GONE", 404, "invalid_request_error"
+
+
+class IndexOutOfRange(IsthmusError):
+    """Resume from an index the stream has not reached."""
+
+    grpc_status, reason, http_status, openai_type = "OUT_OF_RANGE", "INDEX_OUT_OF_RANGE", 400, "invalid_request_error"
+
+
+class AttachedElsewhere(IsthmusError):
+    """Another call took the stream over; this one gets nothing more."""
+
+    grpc_status, reason, http_status = "ABORTED", "ATTACHED_ELSEWHERE", 409
+
+
+class RequestKillsWorkers(IsthmusError):
+    """Two workers were lost at the same point of this request; it is not given to a third."""
+
+    grpc_status, reason = "INTERNAL", "REQUEST_KILLS_WORKERS"
+
+
 class TransferIncomplete(IsthmusError):
     """Blocks did not arrive, or were refused, within the fill deadline."""
 

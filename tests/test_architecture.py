@@ -72,14 +72,22 @@ def over_limit(sizes: dict[str, int], soft: int, hard: int) -> list[str]:
     return [f"{name}: {size}" for name, size in sizes.items() if size > (hard if name in OVER_SOFT_LIMIT else soft)]
 
 
-def written_lines(path: Path) -> int:
-    lines = (line.strip() for line in path.read_text().splitlines())
-    return sum(1 for line in lines if line and not line.startswith("#"))
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def docstring_lines(path: Path) -> set[int]:
+    found = (node.body[0] for node in ast.walk(tree(path)) if isinstance(node, DOCUMENTED) and ast.get_docstring(node))
+    return {number for node in found for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+
+
+def code_lines(path: Path) -> int:
+    lines, documented = enumerate(path.read_text().splitlines(), 1), docstring_lines(path)
+    return sum(1 for n, line in lines if line.strip() and not line.strip().startswith("#") and n not in documented)
 
 
 def test_line_budgets() -> None:
-    """Blank lines and comment lines are not counted: nobody should save on them."""
-    lines = {name_of(path): written_lines(path) for path in sources(*PACKAGES)}
+    """Lines of code, as cloc counts them: blank lines, comments and docstrings are free, nobody should save on them."""
+    lines = {name_of(path): code_lines(path) for path in sources(*PACKAGES)}
     outer = sum(count for name, count in lines.items() if name.startswith(OUTER))
     assert sum(lines.values()) - outer <= SERVING_LINES
     assert outer <= OUTER_LINES

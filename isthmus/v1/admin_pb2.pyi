@@ -179,9 +179,15 @@ class LedgerEvent(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., monotonic_ns: _Optional[int] = ..., event: _Optional[str] = ..., request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., attempt: _Optional[int] = ..., cause: _Optional[str] = ..., fields: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class LedgerResponse(_message.Message):
-    __slots__ = ("incarnation", "events")
+    __slots__ = ("incarnation", "events", "monotonic_ns", "name", "role")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
+    MONOTONIC_NS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     events: _containers.RepeatedCompositeFieldContainer[LedgerEvent]
-    def __init__(self, incarnation: _Optional[str] = ..., events: _Optional[_Iterable[_Union[LedgerEvent, _Mapping]]] = ...) -> None: ...
+    monotonic_ns: int
+    name: str
+    role: str
+    def __init__(self, incarnation: _Optional[str] = ..., events: _Optional[_Iterable[_Union[LedgerEvent, _Mapping]]] = ..., monotonic_ns: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[str] = ...) -> None: ...

@@ -34,7 +34,7 @@ class SessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., rearm: _Optional[_Union[Rearm, _Mapping]] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., cancel: _Optional[_Union[CancelStream, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., move: _Optional[_Union[Move, _Mapping]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("hello", "reserved", "refused", "step", "ended", "transfer_failed", "rearmed", "attached", "detached")
+    __slots__ = ("hello", "reserved", "refused", "step", "ended", "transfer_failed", "rearmed", "attached", "detached", "moved", "leaving")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,8 @@ class SessionResponse(_message.Message):
     REARMED_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     DETACHED_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     hello: DecodeHello
     reserved: Reserved
     refused: Refused
@@ -53,7 +55,9 @@ class SessionResponse(_message.Message):
     rearmed: Rearmed
     attached: Attached
     detached: Detached
-    def __init__(self, hello: _Optional[_Union[DecodeHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., step: _Optional[_Union[StepTokens, _Mapping]] = ..., ended: _Optional[_Union[StreamEnded, _Mapping]] = ..., transfer_failed: _Optional[_Union[TransferFailed, _Mapping]] = ..., rearmed: _Optional[_Union[Rearmed, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., detached: _Optional[_Union[Detached, _Mapping]] = ...) -> None: ...
+    moved: Moved
+    leaving: Leaving
+    def __init__(self, hello: _Optional[_Union[DecodeHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., step: _Optional[_Union[StepTokens, _Mapping]] = ..., ended: _Optional[_Union[StreamEnded, _Mapping]] = ..., transfer_failed: _Optional[_Union[TransferFailed, _Mapping]] = ..., rearmed: _Optional[_Union[Rearmed, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., detached: _Optional[_Union[Detached, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class StreamCursor(_message.Message):
     __slots__ = ("request_id", "next_index")
@@ -84,18 +88,20 @@ class DecodeHello(_message.Message):
     def __init__(self, incarnation: _Optional[str] = ..., layout: _Optional[_Union[_types_pb2.KvLayout, _Mapping]] = ..., numerics_digest: _Optional[str] = ..., unknown_streams: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("request", "attach", "on_disconnect", "retention_s", "fill_timeout_ms")
+    __slots__ = ("request", "attach", "on_disconnect", "retention_s", "fill_timeout_ms", "moves")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     ON_DISCONNECT_FIELD_NUMBER: _ClassVar[int]
     RETENTION_S_FIELD_NUMBER: _ClassVar[int]
     FILL_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     request: _types_pb2.EngineRequest
     attach: AttachId
     on_disconnect: _types_pb2.OnDisconnect
     retention_s: int
     fill_timeout_ms: int
-    def __init__(self, request: _Optional[_Union[_types_pb2.EngineRequest, _Mapping]] = ..., attach: _Optional[_Union[AttachId, _Mapping]] = ..., on_disconnect: _Optional[_Union[_types_pb2.OnDisconnect, str]] = ..., retention_s: _Optional[int] = ..., fill_timeout_ms: _Optional[int] = ...) -> None: ...
+    moves: bool
+    def __init__(self, request: _Optional[_Union[_types_pb2.EngineRequest, _Mapping]] = ..., attach: _Optional[_Union[AttachId, _Mapping]] = ..., on_disconnect: _Optional[_Union[_types_pb2.OnDisconnect, str]] = ..., retention_s: _Optional[int] = ..., fill_timeout_ms: _Optional[int] = ..., moves: bool = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("request_id", "transfer_id", "attempt", "zmq_endpoint", "incarnation", "layout_fingerprint", "num_cached_tokens", "missing")
@@ -176,16 +182,18 @@ class TransferFailed(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., attempt: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[_types_pb2.Extent, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Rearm(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "attempt", "attach")
+    __slots__ = ("request_id", "transfer_id", "attempt", "attach", "fill_timeout_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
+    FILL_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: str
     attempt: int
     attach: AttachId
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., attempt: _Optional[int] = ..., attach: _Optional[_Union[AttachId, _Mapping]] = ...) -> None: ...
+    fill_timeout_ms: int
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., attempt: _Optional[int] = ..., attach: _Optional[_Union[AttachId, _Mapping]] = ..., fill_timeout_ms: _Optional[int] = ...) -> None: ...
 
 class Rearmed(_message.Message):
     __slots__ = ("request_id", "transfer_id", "attempt", "missing")
@@ -210,14 +218,18 @@ class Attach(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attach: _Optional[_Union[AttachId, _Mapping]] = ..., next_index: _Optional[int] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("request", "attach", "next_index")
+    __slots__ = ("request", "attach", "next_index", "on_disconnect", "retention_s")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     NEXT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    ON_DISCONNECT_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_S_FIELD_NUMBER: _ClassVar[int]
     request: _types_pb2.EngineRequest
     attach: AttachId
     next_index: int
-    def __init__(self, request: _Optional[_Union[_types_pb2.EngineRequest, _Mapping]] = ..., attach: _Optional[_Union[AttachId, _Mapping]] = ..., next_index: _Optional[int] = ...) -> None: ...
+    on_disconnect: _types_pb2.OnDisconnect
+    retention_s: int
+    def __init__(self, request: _Optional[_Union[_types_pb2.EngineRequest, _Mapping]] = ..., attach: _Optional[_Union[AttachId, _Mapping]] = ..., next_index: _Optional[int] = ..., on_disconnect: _Optional[_Union[_types_pb2.OnDisconnect, str]] = ..., retention_s: _Optional[int] = ...) -> None: ...
 
 class Detached(_message.Message):
     __slots__ = ("request_id", "attach")
@@ -254,6 +266,22 @@ class Move(_message.Message):
     attach: AttachId
     target: Reserved
     def __init__(self, request_id: _Optional[str] = ..., attach: _Optional[_Union[AttachId, _Mapping]] = ..., target: _Optional[_Union[Reserved, _Mapping]] = ...) -> None: ...
+
+class Moved(_message.Message):
+    __slots__ = ("request_id", "transfer_id", "acked", "failure")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    ACKED_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    transfer_id: str
+    acked: bool
+    failure: str
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., acked: bool = ..., failure: _Optional[str] = ...) -> None: ...
+
+class Leaving(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class FindRequest(_message.Message):
     __slots__ = ("request_id",)

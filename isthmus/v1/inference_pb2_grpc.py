@@ -79,14 +79,14 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Goes on with a retained stream from `next_index`.
+        """Goes on with a stream from `next_index`, at any router; NOT_FOUND with reason STREAM_GONE when nobody holds it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends a request that this router serves; another router's answers found = false.
+        """Ends a request wherever it runs, and what is kept of a finished one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -184,10 +184,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     """Streams `accepted`, then `tokens`, then `finished`. Dropping the call aborts unless on_disconnect is RETAIN."""
 
     Resume: _InferenceServiceResumeType
-    """Goes on with a retained stream from `next_index`."""
+    """Goes on with a stream from `next_index`, at any router; NOT_FOUND with reason STREAM_GONE when nobody holds it."""
 
     Cancel: _InferenceServiceCancelType
-    """Ends a request that this router serves; another router's answers found = false."""
+    """Ends a request wherever it runs, and what is kept of a finished one."""
 
     ListModels: _InferenceServiceListModelsType
 
@@ -239,7 +239,7 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: isthmus.v1.inference_pb2.ResumeRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[isthmus.v1.inference_pb2.ResumeResponse], collections.abc.AsyncIterator[isthmus.v1.inference_pb2.ResumeResponse]]:
-        """Goes on with a retained stream from `next_index`."""
+        """Goes on with a stream from `next_index`, at any router; NOT_FOUND with reason STREAM_GONE when nobody holds it."""
 
     @abc.abstractmethod
     def Cancel(
@@ -247,7 +247,7 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: isthmus.v1.inference_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> typing.Union[isthmus.v1.inference_pb2.CancelResponse, collections.abc.Awaitable[isthmus.v1.inference_pb2.CancelResponse]]:
-        """Ends a request that this router serves; another router's answers found = false."""
+        """Ends a request wherever it runs, and what is kept of a finished one."""
 
     @abc.abstractmethod
     def ListModels(
