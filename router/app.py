@@ -8,6 +8,7 @@ from isthmus.admin import Identity, ServiceHooks
 from isthmus.checkpoint import Checkpoint
 from isthmus.clock import SystemClock
 from isthmus.config import RouterConfig
+from isthmus.failpoints import Failpoints
 from isthmus.health import HealthState
 from isthmus.hub import model_name
 from isthmus.ids import new_incarnation
@@ -20,6 +21,7 @@ from isthmus.v1 import admin_pb2
 from kv_transfer.ownership import OpenStore, connected
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchSettings
+from router.locate import Locator
 from router.placement import Placement
 from router.server import SERVICE, Backend, InferenceServer
 from router.text import TextWorkers
@@ -71,9 +73,13 @@ class Router:
             )
             await stack.enter_async_context(_watching(pool, stop))
             placement = Placement(pool, self._admission, self._clock)
-            settings = DispatchSettings(self._config.name, self._config.queue_timeout_s)
+            settings = DispatchSettings(
+                self._config.name, self._config.queue_timeout_s, Failpoints.parse(self._config.failpoints)
+            )
             dispatch = Dispatch(placement, self._admission, settings, clock=self._clock, ledger=self._ledger)
-            self._server.backend = Backend(dispatch, model, text, self._metrics, self._clock)
+            self._server.backend = Backend(
+                dispatch, Locator(pool, self._clock), model, text, self._metrics, self._clock
+            )
             self._health.ready()
             yield
 

@@ -3,36 +3,61 @@
 import asyncio
 
 from isthmus.convert import finish_reason_from_proto
-from isthmus.errors import DataLoss, DeadlinePassed, TransferIncomplete, WorkerLost
+from isthmus.errors import DataLoss, DeadlinePassed, Draining, IsthmusError, TransferIncomplete
 from isthmus.rpc_errors import typed_error
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, prefill_pb2
 from router.delivery import Delivery, Timeline
-from router.inbox import Event, Failed, Inbox
+from router.inbox import Arrival, Event, Failed, Source
+from router.losses import Role
 
-CLAIM_WAIT_S = 1.0  # for decode's first word, once prefill failed with its token sent
 DONE_WAIT_S = 1.0  # for prefill's figures, once everything else is there
+MOVE_RETRY_S = 0.25
 
 
 class AttemptFailed(Exception):
-    """This attempt is over; `cause` says who failed and why."""
+    """One of the attempt's workers can do no more for it."""
 
-    def __init__(self, cause: Failed):
-        super().__init__(cause.error.detail)
-        self.cause = cause
+    def __init__(self, role: Role, error: IsthmusError, *, was_computing: bool):
+        super().__init__(error.detail)
+        self.role: Role = role
+        self.error = error
+        self.was_computing = was_computing  # the request's own computation ran there
 
 
 class Attempt:
-    """Owned by the request's task; lives from placement to the end or failure of one attempt."""
+    """Owned by the request's task; lives from placement to the end or failure of one attempt.
 
-    def __init__(self, inbox: Inbox, delivery: Delivery, timeline: Timeline):
-        self._inbox = inbox
+    `decode` is who has the stream, `prefill` who fills it (None: nobody has to), `target` who is to have it next.
+    """
+
+    def __init__(self, decode: Source, delivery: Delivery, timeline: Timeline, *, is_attached: bool = False):
+        self._inbox = decode.inbox
         self._delivery = delivery
         self._timeline = timeline
-        self._has_claim = False  # decode reported a token: it has all blocks, prefill is needed no more
+        self.decode = decode
+        self.prefill: Source | None = None
+        self.target: Source | None = None
+        # Of the transfer: prefill workers before this one are fenced. An attached stream's is not known here.
+        self.number = 0 if is_attached else 1
+        self.has_claim = False  # decode has spoken: it has all blocks, prefill is needed no more
+        self.is_leaving = False  # decode drains: the stream should move
+        self.move_failure: str | None = None
         self._first_token: prefill_pb2.FirstToken | None = None
-        self._prefill_failure: Failed | None = None
+        self._is_prefill_computing = False
         self._is_prefill_over = False
+
+    def expect_prefill(self) -> Source:
+        """A prefill worker's source; nothing more is heard of the one before."""
+        if self.prefill is not None:
+            self.prefill.close()
+        self._first_token, self._is_prefill_computing, self._is_prefill_over = None, False, False
+        self.prefill = Source(self._inbox)
+        return self.prefill
+
+    def expect_target(self) -> Source:
+        self.move_failure, self.target = None, Source(self._inbox)
+        return self.target
 
     @property
     def num_cached_tokens(self) -> int:
@@ -45,52 +70,72 @@ class Attempt:
 
     async def advance(self) -> None:
         """Waits for events and takes them all. Raises AttemptFailed, or what ends the request for good."""
-        # Prefill failed after its token: every block may be there already, and then decode says so at once.
-        failure = None if self._has_claim else self._prefill_failure
-        try:
-            async with asyncio.timeout(CLAIM_WAIT_S if failure else None):
-                events = await self._inbox.take()
-        except TimeoutError as waited:
-            assert failure is not None, "otherwise there is no bound"
-            raise AttemptFailed(failure) from waited
-        for at, event in events:
-            self._take(event, at)
+        failure: AttemptFailed | None = None
+        for arrival in await self._inbox.take():
+            try:
+                self._take(arrival)
+            except AttemptFailed as failed:  # what came with it is good
+                failure = failure or failed
+        if failure is not None and self._delivery.finish_reason is None:
+            raise failure
 
     async def wait_for_done(self) -> None:
         """Prefill's figures, if they come soon; the client's last message waits for nothing else."""
         try:
             async with asyncio.timeout(DONE_WAIT_S):
-                while not self._is_prefill_over:
-                    for _, event in await self._inbox.take():
-                        match event:
-                            case prefill_pb2.Done() | Failed(source="prefill"):
-                                self._note_prefill_over(event)
-                            case _:
-                                pass
+                while self.prefill is not None and not self._is_prefill_over:
+                    for arrival in await self._inbox.take():
+                        if arrival.source is self.prefill and isinstance(arrival.event, prefill_pb2.Done | Failed):
+                            self._note_prefill_over(arrival.event)
         except TimeoutError:
             return
 
-    def _take(self, event: Event, at: float) -> None:
+    def _take(self, arrival: Arrival) -> None:
+        at, source, event = arrival
         match event:
+            case prefill_pb2.Progress():
+                self._is_prefill_computing = True
             case prefill_pb2.FirstToken():
-                self._first_token = event
-                self._timeline.prefill_token_at = at
+                self._first_token, self._is_prefill_computing = event, False
+                self._timeline.prefill_token_at = self._timeline.prefill_token_at or at
                 self._delivery.add(0, [event.token], at)
+            case prefill_pb2.Done() | Failed() if source is self.prefill:
+                self._note_prefill_over(event)
             case decode_pb2.StreamTokens():
-                self._has_claim = True
-                self._delivery.add(event.index, event.tokens, at)
-                if self._timeline.decode_token_at is None and event.index + len(event.tokens) > 1:
-                    self._timeline.decode_token_at = at
+                self._take_tokens(source, event, at)
+            case decode_pb2.Moved():
+                self.move_failure = None if event.acked else event.failure or "refused"
+            case decode_pb2.Leaving():
+                self.is_leaving = True
+            case _ if source is self.target:
+                self.target, self.move_failure = None, "the stream's next worker could not take it"
+            case _:
+                self._take_end(event)
+
+    def _take_tokens(self, source: Source, event: decode_pb2.StreamTokens, at: float) -> None:
+        self.has_claim = True
+        if source is self.target:
+            self.decode, self.target, self.is_leaving = source, None, False
+        self._delivery.add(event.index, event.tokens, at)
+        if self._timeline.decode_token_at is None and event.index + len(event.tokens) > 1:
+            self._timeline.decode_token_at = at
+
+    def _take_end(self, event: Event) -> None:
+        """Decode's word that it has the stream no longer, or not the blocks for it."""
+        match event:
+            case decode_pb2.TransferFailed():
+                if self.has_claim or (self.number and event.attempt != self.number):
+                    return  # about a writer that was fenced meanwhile
+                role: Role = "decode" if event.reason == "fill_deadline" else "prefill"
+                lost = TransferIncomplete(f"the prompt's blocks did not arrive: {event.reason}")
+                raise AttemptFailed(role, lost, was_computing=False)
             case decode_pb2.StreamEnded():
                 if self._delivery.finish_reason is None:
                     self._take_early_end(event)
-            case Failed(source="prefill") | prefill_pb2.Done():
-                self._note_prefill_over(event)
-                has_all = self._has_claim or self._delivery.finish_reason is not None
-                if self._prefill_failure is not None and self._first_token is None and not has_all:
-                    raise AttemptFailed(self._prefill_failure)
             case Failed():
-                raise AttemptFailed(event)
+                raise AttemptFailed("decode", event.error, was_computing=self.has_claim)
+            case _:
+                raise AssertionError(f"{type(event).__name__} is not decode's to send")
 
     def _take_early_end(self, ended: decode_pb2.StreamEnded) -> None:
         """Decode ended the stream by itself, and not after the token that this router took for the last."""
@@ -100,17 +145,20 @@ class Attempt:
             case FinishReason.ERROR:
                 raise typed_error(ended.reason, ended.detail or "decode failed")
             case FinishReason.CANCELLED:
-                lost = WorkerLost(f"the decode worker ended the stream: {ended.detail}")
-                raise AttemptFailed(Failed("decode", lost))
+                gone = Draining(f"the decode worker ended the stream: {ended.detail}")
+                raise AttemptFailed("decode", gone, was_computing=False)
             case _:
                 raise DataLoss(f"decode ended the stream after {ended.num_tokens} tokens; the router saw no reason to")
 
     def _note_prefill_over(self, event: prefill_pb2.Done | Failed) -> None:
         self._is_prefill_over = True
-        if isinstance(event, Failed):
-            self._prefill_failure = event
+        if isinstance(event, prefill_pb2.Done):
+            self._timeline.done = event
+            if event.acked or self.has_claim or self.needs_no_decode:
+                return
+            error: IsthmusError = TransferIncomplete(f"the prompt's blocks did not arrive: {event.failure}")
+        elif self.has_claim:
             return
-        self._timeline.done = event
-        if not event.acked:
-            incomplete = TransferIncomplete(f"the prompt's blocks did not arrive: {event.failure}")
-            self._prefill_failure = Failed("prefill", incomplete)
+        else:
+            error = event.error
+        raise AttemptFailed("prefill", error, was_computing=self._is_prefill_computing)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from isthmus.detokenizer import Detokenizer
+from isthmus.errors import InvalidRequest
 from isthmus.stopping import finish_reason
 from isthmus.types import FinishReason, Request
 from isthmus.v1 import inference_pb2, prefill_pb2, types_pb2
@@ -19,18 +20,30 @@ class Delivery:
         self._context_length = context_length
         self._detokenizer = detokenizer
         self._merge: TokenMerge[types_pb2.Token] = TokenMerge(
-            request.sampling.max_tokens, identity=lambda token: (token.id, token.logprob)
+            request.sampling.max_tokens,
+            id_of=lambda token: token.id,
+            identity=lambda token: (token.id, token.logprob),
         )
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []  # of the whole stream, what earlier calls delivered included
         self._pending: list[types_pb2.Token] = []
         self._pending_text = ""
         self.finish_reason: FinishReason | None = None
         self.is_cut_by_text = False  # a stop string ended it: only the router knows
-        self.arrived_at: list[float] = []  # one per delivered token
+        self.arrived_at: list[float] = []  # one per token of this call
 
     @property
     def num_tokens(self) -> int:
-        return len(self._token_ids)
+        return len(self.token_ids)
+
+    def restore(self, token_ids: Sequence[int]) -> None:
+        """Tokens that an earlier call delivered. Raises InvalidRequest when one before the last ends the request."""
+        for index, token_id in enumerate(token_ids):
+            if self.finish_reason is not None:
+                given = f"{len(token_ids)} tokens of which number {index - 1} ends the request"
+                raise InvalidRequest.of("emitted_token_ids", given, "tokens as they were streamed, none behind an end")
+            self._merge.know(token_id)
+            self._follow(token_id)
+        self._pending_text = ""
 
     def add(self, index: int, tokens: Sequence[types_pb2.Token], at: float) -> None:
         """Raises DataLoss when a copy differs from what was delivered."""
@@ -51,13 +64,17 @@ class Delivery:
         return self._pending_text + self._detokenizer.finish()
 
     def _deliver(self, token: types_pb2.Token, at: float) -> None:
-        self._token_ids.append(token.id)
         self._pending.append(token)
         self.arrived_at.append(at)
-        self.finish_reason = finish_reason(self._request, self._token_ids, self._context_length)
-        if self.finish_reason is FinishReason.STOP and not self._shows(token.id):
+        self._follow(token.id)
+
+    def _follow(self, token_id: int) -> None:
+        """Text and end, one token further."""
+        self.token_ids.append(token_id)
+        self.finish_reason = finish_reason(self._request, self.token_ids, self._context_length)
+        if self.finish_reason is FinishReason.STOP and not self._shows(token_id):
             return
-        released = self._detokenizer.push(token.id)
+        released = self._detokenizer.push(token_id)
         self._pending_text += released.text
         if released.stopped:
             self.finish_reason, self.is_cut_by_text = FinishReason.STOP, True

@@ -17,11 +17,12 @@ class Interruptible:
         self._timeout = asyncio.timeout(max(timeout_s, 0.0))
         self._cause: IsthmusError | None = None
 
-    def interrupt(self, cause: IsthmusError) -> None:
-        """Ends the life from any other task of the loop; the first cause stays."""
-        if self._cause is None and not self._timeout.expired():
+    def interrupt(self, cause: IsthmusError, *, after_s: float = 0.0) -> None:
+        """Ends the life from any other task of the loop, in `after_s` unless it ends earlier."""
+        at, end = asyncio.get_running_loop().time() + after_s, self._timeout.when()
+        if not self._timeout.expired() and end is not None and at < end:
             self._cause = cause
-            self._timeout.reschedule(asyncio.get_running_loop().time())
+            self._timeout.reschedule(at)
 
     async def __aenter__(self) -> "Interruptible":
         await self._timeout.__aenter__()

@@ -9,18 +9,20 @@ from isthmus.clock import Clock
 from isthmus.convert import request_to_proto
 from isthmus.errors import InvalidRequest, IsthmusError, NumericsMismatch, Overloaded, WorkersUnavailable
 from isthmus.types import FinishReason, Request
-from isthmus.v1 import decode_pb2
+from isthmus.v1 import decode_pb2, types_pb2
 from router import policy
 from router.admission import Admission, Order
 from router.affinity import PrefixAffinity
-from router.inbox import Inbox
+from router.decode_stream import DecodeStream
+from router.inbox import Source
 from router.policy import NumericsClass
-from router.session import DecodeStream
+from router.session import ANSWER_TIMEOUT_S
 from router.worker_pool import WorkerPool
 from router.workers import DecodeWorker, PrefillWorker
 
 RETRY_INTERVAL_S = 0.25  # asks full workers again, also when this router saw no room come
 GONE_WAIT_S = 2.0  # for a worker to come back
+MOVE_ANSWER_S = 0.3  # to the reservation of a running stream
 RETRY_AFTER_S = 1.0
 
 
@@ -34,6 +36,7 @@ class Job:
     prefixes: Sequence[bytes]  # of the prompt, for affinity
     queue_deadline: float
     deadline: float
+    retention_s: int = 0  # 0: the request ends with its client
 
     @property
     def num_positions(self) -> int:
@@ -46,9 +49,12 @@ class Ask:
     """One attempt to place a job."""
 
     job: Job
-    attempt: int
-    inbox: Inbox
-    avoid: AbstractSet[str]  # workers that failed this job before, if there are others
+    counter: int  # of the attach
+    source: Source  # hears the decode worker
+    avoid: AbstractSet[str] = frozenset()  # workers that failed this job before, if there are others
+    is_patient: bool = False  # it had its place and lost it: it waits longer for a worker to exist
+    holds_blocks: bool = False  # others may wait for those: it waits for nobody's turn at prefill
+    moves: bool = False  # another decode worker brings the blocks
 
 
 @dataclass(eq=False, slots=True)
@@ -63,6 +69,9 @@ class PrefillPlace:
         num_tokens = max(0, min(num_tokens, self.num_tokens_ahead))
         self.num_tokens_ahead -= num_tokens
         self.worker.num_tokens_ahead -= num_tokens
+
+    def give_back(self) -> None:
+        self.computed(self.num_tokens_ahead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,29 +105,46 @@ class Placement:
             if found := policy.choose_class(decode, prefill):
                 return found
             missing = "decode" if not decode else "prefill" if not prefill else "pair of prefill and decode"
-            await self._wait(_unavailable(missing), started_at, queue_deadline)
+            await self._wait_until(min(queue_deadline, started_at + GONE_WAIT_S), _unavailable(missing))
 
     @asynccontextmanager
     async def place(self, ask: Ask) -> AsyncIterator[Placed]:
         """Prefill first: blocks are set aside only when somebody can fill them soon."""
-        async with self._prefill_place(ask) as prefill, self._decode_place(ask) as decode:
+        async with self.prefill_place(ask) as prefill, self._decode_place(ask) as decode:
             incarnations = (prefill.worker.record.incarnation, decode.worker.record.incarnation)
             self._affinity.remember(ask.job.prefixes, incarnations)
             yield Placed(prefill, decode)
 
     @asynccontextmanager
-    async def _prefill_place(self, ask: Ask) -> AsyncIterator[PrefillPlace]:
+    async def prefill_place(self, ask: Ask) -> AsyncIterator[PrefillPlace]:
         job, started_at = ask.job, self._clock.now()
         async with self._admission.placing.turn(job.order, job.queue_deadline - started_at):
             while isinstance(worker := self._choose_prefill(ask), IsthmusError):
-                await self._wait(worker, started_at, job.queue_deadline)
+                await self._wait(worker, ask, started_at)
             place = PrefillPlace(worker, len(job.request.prompt_token_ids))
             worker.num_tokens_ahead += place.num_tokens_ahead
         try:
             yield place
         finally:
-            place.computed(place.num_tokens_ahead)
+            place.give_back()
             self._pool.note_change()
+
+    @asynccontextmanager
+    async def reserved(self, place: DecodePlace) -> AsyncIterator[DecodePlace]:
+        """Around whatever a stream's reservation is used for."""
+        try:
+            yield place
+        finally:
+            place.stream.end(FinishReason.CANCELLED)
+            place.worker.reserved_blocks -= place.num_blocks
+            place.stream.close()
+
+    async def try_decode(self, ask: Ask) -> DecodePlace | IsthmusError:
+        """A place at a decode worker that has room now; nobody waits."""
+        try:
+            return await self._ask_each(ask, timeout_s=MOVE_ANSWER_S)
+        except InvalidRequest as too_large:
+            return too_large
 
     @asynccontextmanager
     async def _decode_place(self, ask: Ask) -> AsyncIterator[DecodePlace]:
@@ -128,13 +154,9 @@ class Placement:
         if not isinstance(place, DecodePlace):
             async with self._admission.reserving.turn(job.order, job.queue_deadline - started_at):
                 while isinstance(place := await self._ask_each(ask), IsthmusError):
-                    await self._wait(place, started_at, job.queue_deadline)
-        try:
+                    await self._wait(place, ask, started_at)
+        async with self.reserved(place):
             yield place
-        finally:
-            place.stream.end(FinishReason.CANCELLED)
-            place.worker.reserved_blocks -= place.num_blocks
-            place.stream.close()
 
     def _choose_prefill(self, ask: Ask) -> PrefillWorker | IsthmusError:
         usable = self._pool.usable_prefill()
@@ -142,10 +164,10 @@ class Placement:
         if not workers:
             return _none_left("prefill", has_others=bool(usable))
         views = [worker.view(self._num_prefix_tokens(ask.job, key)) for key, worker in workers.items()]
-        chosen = policy.choose_prefill(views, avoid=ask.avoid)
+        chosen = policy.choose_prefill(views, avoid=ask.avoid, holds_blocks=ask.holds_blocks)
         return workers[chosen] if chosen else Overloaded("all prefill workers are busy")
 
-    async def _ask_each(self, ask: Ask) -> DecodePlace | IsthmusError:
+    async def _ask_each(self, ask: Ask, *, timeout_s: float = ANSWER_TIMEOUT_S) -> DecodePlace | IsthmusError:
         """Asks decode workers in order of preference; the last refusal when none has room now."""
         job, usable = ask.job, self._pool.usable_decode()
         workers = {worker.record.incarnation: worker for worker in usable if worker.numerics == job.numerics}
@@ -159,24 +181,37 @@ class Placement:
             raise InvalidRequest.of("sampling.max_tokens", given, f"at most {most}, the largest decode worker's cache")
         refusal: IsthmusError = _unavailable("decode")
         for incarnation in ranked:
-            answer = await self._ask_one(ask, workers[incarnation])
+            answer = await self._ask_one(ask, workers[incarnation], timeout_s)
             if isinstance(answer, DecodePlace):
                 return answer
+            self._note_refused(ask, workers[incarnation], answer)
             refusal = answer if isinstance(answer, Overloaded) else refusal
         return refusal
 
     def _num_prefix_tokens(self, job: Job, incarnation: str) -> int:
         return self._affinity.num_prefix_tokens(job.prefixes, incarnation)
 
-    async def _ask_one(self, ask: Ask, worker: DecodeWorker) -> DecodePlace | IsthmusError:
+    def _note_refused(self, ask: Ask, worker: DecodeWorker, refusal: IsthmusError) -> None:
+        request_id, name = ask.job.request.request_id, worker.record.name
+        self._pool.ledger.record(
+            "placement.refused", request_id=request_id, cause=refusal.reason, worker=name, detail=refusal.detail
+        )
+
+    async def _ask_one(self, ask: Ask, worker: DecodeWorker, timeout_s: float) -> DecodePlace | IsthmusError:
         """Raises InvalidRequest, which every worker would answer; returns any other refusal."""
         num_blocks = worker.record.layout.num_blocks(ask.job.num_positions)
         remaining_s = ask.job.deadline - self._clock.now()
-        request = request_to_proto(replace(ask.job.request, timeout_s=remaining_s))
-        reserve = decode_pb2.Reserve(request=request, attach=worker.session.attach_id(ask.attempt))
+        retains = ask.job.retention_s > 0
+        reserve = decode_pb2.Reserve(
+            request=request_to_proto(replace(ask.job.request, timeout_s=remaining_s)),
+            attach=worker.session.attach_id(ask.counter),
+            on_disconnect=types_pb2.ON_DISCONNECT_RETAIN if retains else types_pb2.ON_DISCONNECT_ABORT,
+            retention_s=ask.job.retention_s,
+            moves=ask.moves,
+        )
         worker.reserved_blocks += num_blocks  # from now on, so that the next request already counts it
         try:
-            stream = await worker.session.reserve(reserve, ask.inbox, timeout_s=remaining_s)
+            stream = await worker.session.reserve(reserve, ask.source, timeout_s=min(remaining_s, timeout_s))
         except BaseException as error:
             worker.reserved_blocks -= num_blocks
             if isinstance(error, IsthmusError) and not isinstance(error, InvalidRequest):
@@ -184,13 +219,16 @@ class Placement:
             raise
         return DecodePlace(worker, stream, num_blocks)
 
-    async def _wait(self, refusal: IsthmusError, started_at: float, queue_deadline: float) -> None:
+    async def _wait(self, refusal: IsthmusError, ask: Ask, started_at: float) -> None:
         """A moment, or until something changed; raises `refusal` after waiting long enough since `started_at`.
 
-        For room that is as long as the queue allows, for a worker to exist only a moment.
+        For room that is as long as the queue allows; for a worker to exist only a moment, but for a recovery as long.
         """
-        is_gone = not isinstance(refusal, Overloaded)
-        deadline = min(queue_deadline, started_at + GONE_WAIT_S) if is_gone else queue_deadline
+        is_gone = not isinstance(refusal, Overloaded) and not ask.is_patient
+        deadline = min(ask.job.queue_deadline, started_at + GONE_WAIT_S) if is_gone else ask.job.queue_deadline
+        await self._wait_until(deadline, refusal)
+
+    async def _wait_until(self, deadline: float, refusal: IsthmusError) -> None:
         remaining_s = deadline - self._clock.now()
         if remaining_s <= 0:
             refusal.retry_after_s = refusal.retry_after_s or RETRY_AFTER_S

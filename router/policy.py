@@ -76,13 +76,15 @@ def rank_decode(views: Sequence[DecodeView], num_tokens: int, *, avoid: Abstract
     return [view.incarnation for view in able]
 
 
-def choose_prefill(views: Sequence[PrefillView], *, avoid: AbstractSet[str] = frozenset()) -> str | None:
+def choose_prefill(
+    views: Sequence[PrefillView], *, avoid: AbstractSet[str] = frozenset(), holds_blocks: bool = False
+) -> str | None:
     """The worker through first, a remembered prefix counted as work saved; None: all have enough ahead.
 
-    One to avoid is taken when there is no other.
+    One to avoid is taken when there is no other. Who holds blocks that others may wait for passes the limit.
     """
     best = min(
-        (view for view in views if view.num_tokens_ahead < MAX_TOKENS_AHEAD),
+        (view for view in views if holds_blocks or view.num_tokens_ahead < MAX_TOKENS_AHEAD),
         key=lambda view: (
             view.incarnation in avoid,
             view.num_tokens_ahead - view.num_prefix_tokens,

@@ -10,7 +10,7 @@ from isthmus.errors import RequestCancelled, WorkerLost
 from isthmus.log import get_logger
 from isthmus.rpc_errors import error_from_rpc
 from isthmus.v1 import prefill_pb2
-from router.inbox import Failed, Inbox
+from router.inbox import Failed, Source
 from router.placement import PrefillPlace
 
 CANCEL_WAIT_S = 1.0
@@ -19,22 +19,22 @@ _log = get_logger("router.prefill")
 
 @asynccontextmanager
 async def prefilling(
-    place: PrefillPlace, request: prefill_pb2.PrefillRequest, inbox: Inbox, *, timeout_s: float
+    place: PrefillPlace, request: prefill_pb2.PrefillRequest, source: Source, *, timeout_s: float
 ) -> AsyncIterator[None]:
-    """Events arrive in `inbox` while the block runs: one FirstToken, then Done; or Failed."""
+    """Events reach `source` while the block runs: Progress, one FirstToken, then Done; or Failed."""
     worker = place.worker
-    worker.calls.add(inbox)  # so that a hung worker's requests are told
-    task = asyncio.create_task(_read(place, request, inbox, timeout_s), name="prefill-call")
+    worker.calls.add(source)  # so that a hung worker's requests are told
+    task = asyncio.create_task(_read(place, request, source, timeout_s), name="prefill-call")
     try:
         yield
     finally:
-        worker.calls.discard(inbox)
+        worker.calls.discard(source)
         task.cancel()
         await asyncio.wait({task}, timeout=CANCEL_WAIT_S)
 
 
-async def _read(place: PrefillPlace, request: prefill_pb2.PrefillRequest, inbox: Inbox, timeout_s: float) -> None:
-    """Never raises but by cancellation: the request's task learns everything from its inbox."""
+async def _read(place: PrefillPlace, request: prefill_pb2.PrefillRequest, source: Source, timeout_s: float) -> None:
+    """Never raises but by cancellation: the request's task learns everything from its source."""
     try:
         call = place.worker.stub.Prefill(request, timeout=timeout_s)
         num_computed, is_done = 0, False
@@ -43,17 +43,18 @@ async def _read(place: PrefillPlace, request: prefill_pb2.PrefillRequest, inbox:
                 case "progress":
                     place.computed(response.progress.num_computed_tokens - num_computed)
                     num_computed = response.progress.num_computed_tokens
+                    source.put(response.progress)
                 case "first_token":
                     place.computed(place.num_tokens_ahead)
-                    inbox.put(response.first_token)
+                    source.put(response.first_token)
                 case "done":
                     is_done = True
-                    inbox.put(response.done)
+                    source.put(response.done)
                 case _:
                     pass  # queued, or news of a later version
         error = None if is_done else WorkerLost("the prefill worker ended the call early")
     except asyncio.CancelledError:
-        inbox.put(Failed("prefill", WorkerLost("the prefill call was dropped")))  # heard only if its channel was closed
+        source.put(Failed(WorkerLost("the prefill call was dropped")))  # heard only if its channel was closed
         raise
     except grpc.aio.AioRpcError as rpc_error:
         error = error_from_rpc(rpc_error)
@@ -63,4 +64,4 @@ async def _read(place: PrefillPlace, request: prefill_pb2.PrefillRequest, inbox:
         _log.exception("prefill.failed", unexpected, request_id=request.request.request_id)
         error = WorkerLost("the prefill worker's answer could not be read")
     if error is not None:
-        inbox.put(Failed("prefill", error))
+        source.put(Failed(error))

@@ -2,9 +2,9 @@
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -12,29 +12,21 @@ from google.protobuf.message import DecodeError, Message
 
 from isthmus.clock import Clock
 from isthmus.config import RouterConfig
-from isthmus.errors import Draining, InvalidRequest, IsthmusError, NotYet, RequestCancelled, WorkersUnavailable
-from isthmus.ids import new_request_id, new_seed
+from isthmus.errors import Draining, InvalidRequest, IsthmusError, RequestCancelled, WorkersUnavailable
 from isthmus.metrics import Metrics
 from isthmus.serving import until_none_left
-from isthmus.types import Request
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
-from router.delivery import Delivery, Timeline
-from router.dispatch import Call, Dispatch
+from router.attendance import Attendance, Context
+from router.call import Call
+from router.dispatch import Dispatch
 from router.interrupt import Interruptible
+from router.locate import Locator
+from router.open_call import CallOpener, encode
 from router.text import TextWorkers
-from router.validate import (
-    ModelFacts,
-    check_chat,
-    check_model,
-    check_request,
-    check_token_ids,
-    complete_sampling,
-    parse_request,
-)
+from router.validate import ModelFacts, check_model, check_resume, check_token_ids
 
 SERVICE = "isthmus.v1.InferenceService"
 _SLACK_BYTES = 4096  # a message around a prompt of the allowed size
-Context = grpc.aio.ServicerContext[Any, Any]
 MessageT = TypeVar("MessageT", bound=Message)
 
 
@@ -43,6 +35,7 @@ class Backend:
     """What the server hands requests to."""
 
     dispatch: Dispatch
+    locator: Locator
     model: ModelFacts
     text: TextWorkers
     metrics: Metrics
@@ -54,7 +47,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(self, config: RouterConfig):
         self._config = config
-        self._lives: dict[str, Interruptible] = {}
+        self._attended: dict[str, Attendance] = {}  # by request, those whose client has left included
         self._is_draining = False
         self.backend: Backend | None = None
 
@@ -70,49 +63,53 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
 
     @property
     def num_streams(self) -> int:
-        return len(self._lives)
+        return len(self._attended)
 
     async def drain(self, timeout_s: float) -> int:
-        """Refuses new requests at once, waits for the running ones; what is left at the end."""
+        """Refuses new requests at once, hands kept streams on, waits for the others; what is left at the end."""
         self._is_draining = True
-        return await until_none_left(lambda: self.num_streams, timeout_s)
+        return await until_none_left(self._hand_on, timeout_s)
+
+    def _hand_on(self) -> int:
+        """Streams that decode keeps go on there until another router resumes them."""
+        for attendance in list(self._attended.values()):
+            if attendance.call is not None and attendance.call.is_handed_over:
+                attendance.hand_on(Draining("this router drains; resume at another", retry_after_s=0.05))
+        return self.num_streams
 
     async def Generate(self, request: bytes, context: Context) -> None:  # noqa: N802 - named by the protocol
         """Writes to the context itself, so that cancelling the call cancels whatever the request waits for."""
         backend = self._backend_for_work()
-        client = _Client(context, backend.clock.now(), self._timeout_s(context))
-        call: Call | None = None
-        outcome = "internal"
-        try:
-            async with Interruptible(client.timeout_s) as life:
-                call = await self._open_call(backend, request, client, life)
-                self._lives[call.request.request_id] = life
-                await backend.dispatch.serve(call)
-            outcome = "finished"
-        except IsthmusError as error:
-            outcome = error.reason.lower()
-            if not isinstance(error, RequestCancelled) or call is None or client.is_writing:
-                raise
-            await client.write(backend.dispatch.finished(call))
-        except asyncio.CancelledError:
-            outcome = "client_gone"
-            raise
-        finally:
-            if call is not None:
-                self._lives.pop(call.request.request_id, None)
-            _count(backend.metrics, call, outcome)
+        attendance = Attendance(context, backend.clock.now(), self._timeout_s(context))
+
+        async def serve() -> None:
+            call = await CallOpener(backend.model, backend.text).generate(request, attendance, self._config)
+            await self._serve(attendance, call, lambda: backend.dispatch.serve(call))
+
+        await attendance.through(self._living(backend, attendance, serve))
 
     async def Resume(self, request: inference_pb2.ResumeRequest, context: Context) -> None:  # noqa: N802
-        raise NotYet("Resume is not served yet; continue with a new request")
+        backend = self._backend_for_work()
+        check_resume(request)
+        attendance = Attendance(context, backend.clock.now(), self._timeout_s(context), _as_resume)
+
+        async def serve() -> None:
+            source = backend.dispatch.source(attendance.life)
+            place = await backend.locator.attach(request.request_id, request.next_index, source)
+            call = CallOpener(backend.model, backend.text).resume(place, request.next_index, attendance)
+            await self._serve(attendance, call, lambda: backend.dispatch.resume(call, place))
+
+        await attendance.through(self._living(backend, attendance, serve))
 
     async def Cancel(  # noqa: N802
         self, request: inference_pb2.CancelRequest, context: Context
     ) -> inference_pb2.CancelResponse:
         """The cancelled call ends with `finished`, reason CANCELLED, and what it had so far."""
-        life = self._lives.get(request.request_id)
-        if life is not None:
-            life.interrupt(RequestCancelled("cancelled by a Cancel call"))
-        return inference_pb2.CancelResponse(found=life is not None)
+        attendance = self._attended.get(request.request_id)
+        if attendance is not None:
+            attendance.life.interrupt(RequestCancelled("cancelled by a Cancel call"))
+            return inference_pb2.CancelResponse(found=True)
+        return inference_pb2.CancelResponse(found=await self._started().locator.cancel(request.request_id))
 
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: Context
@@ -132,7 +129,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         message = self._parse(request, inference_pb2.TokenizeRequest, "prompt")
         check_model(message.model, backend.model)
         async with Interruptible(self._timeout_s(context)):
-            token_ids = await _encode(backend.text, message)
+            token_ids = await encode(backend.text, message)
         return inference_pb2.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(self, request: bytes, context: Context) -> inference_pb2.DetokenizeResponse:  # noqa: N802
@@ -143,32 +140,33 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         async with Interruptible(self._timeout_s(context)):
             return inference_pb2.DetokenizeResponse(text=await backend.text.decode(message.token_ids))
 
-    async def _open_call(self, backend: Backend, raw: bytes, client: "_Client", life: Interruptible) -> Call:
-        """Parses, validates and tokenises. Raises InvalidRequest and its kin before anything is held."""
-        message = parse_request(raw, self._config.max_prompt_bytes)
-        check_request(message, backend.model)
-        token_ids = await _encode(backend.text, message)
-        field = message.WhichOneof("input") or "prompt"
-        sampling = complete_sampling(message.sampling, len(token_ids), backend.model, prompt_field=field)
-        request = Request(
-            request_id=new_request_id(),
-            seed=message.sampling.seed if message.sampling.HasField("seed") else new_seed(),
-            prompt_token_ids=tuple(token_ids),
-            sampling=sampling,
-            eos_token_ids=backend.model.eos_token_ids,
-            tenant=message.tenant,
-            priority=message.priority,
-        )
-        detokenizer = backend.text.tokenizer.detokenizer(sampling.stop, include_stop=sampling.include_stop)
-        return Call(
-            request=request,
-            client_request_id=message.client_request_id,
-            delivery=Delivery(request, backend.model.context_length, detokenizer),
-            timeline=Timeline(client.received_at),
-            life=life,
-            deadline=client.received_at + client.timeout_s,
-            write=client.write,
-        )
+    async def _living(self, backend: Backend, attendance: Attendance, serve: Callable[[], Awaitable[None]]) -> None:
+        """From the first byte to the last; how it ended is counted once."""
+        outcome = "internal"
+        try:
+            async with attendance.life:
+                await serve()
+            outcome = "finished"
+        except IsthmusError as error:
+            outcome = error.reason.lower()
+            if not isinstance(error, RequestCancelled) or attendance.call is None or not attendance.can_say_more:
+                raise
+            await attendance.write(backend.dispatch.finished(attendance.call))
+        except asyncio.CancelledError:
+            outcome = "client_gone"
+            raise
+        finally:
+            _count(backend.metrics, attendance.call, outcome)
+
+    async def _serve(self, attendance: Attendance, call: Call, work: Callable[[], Awaitable[None]]) -> None:
+        attendance.call = call
+        request_id = call.request.request_id
+        self._attended[request_id] = attendance
+        try:
+            await work()
+        finally:
+            if self._attended.get(request_id) is attendance:  # else resumed here by another call
+                del self._attended[request_id]
 
     def _started(self) -> Backend:
         if self.backend is None:
@@ -201,32 +199,10 @@ def _serialise(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-class _Client:
-    """Remembers whether a message was still on its way when the call was interrupted: then no other may follow."""
-
-    def __init__(self, context: Context, received_at: float, timeout_s: float):
-        self._context = context
-        self.received_at = received_at
-        self.timeout_s = timeout_s
-        self.is_writing = False
-
-    async def write(self, response: inference_pb2.GenerateResponse) -> None:
-        self.is_writing = True
-        await self._context.write(response)
-        self.is_writing = False
-
-
-async def _encode(
-    text: TextWorkers, message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest
-) -> Sequence[int]:
-    if isinstance(message, inference_pb2.GenerateRequest) and message.HasField("token_ids"):
-        return message.token_ids.ids
-    if message.HasField("prompt"):
-        return await text.encode(message.prompt)
-    if message.HasField("chat"):
-        check_chat(message.chat)
-        return await text.encode_chat(message.chat)
-    raise InvalidRequest.of("input", None, "one of prompt, chat")
+def _as_resume(response: inference_pb2.GenerateResponse) -> inference_pb2.ResumeResponse:
+    kind = response.WhichOneof("event")
+    assert kind is not None, "every message says something"
+    return inference_pb2.ResumeResponse(**{kind: getattr(response, kind)})
 
 
 def _count(metrics: Metrics, call: Call | None, outcome: str) -> None:
@@ -237,7 +213,7 @@ def _count(metrics: Metrics, call: Call | None, outcome: str) -> None:
         return
     metrics.tokens.labels("prompt").inc(len(call.request.prompt_token_ids))
     metrics.tokens.labels("cached").inc(call.num_cached_tokens)
-    metrics.tokens.labels("generated").inc(call.delivery.num_tokens)
+    metrics.tokens.labels("generated").inc(len(call.delivery.arrived_at))
     if (first_sent_at := call.timeline.first_sent_at) is not None:
         metrics.ttft_s.observe(first_sent_at - call.timeline.received_at)
     for before, after in itertools.pairwise(call.delivery.arrived_at):

@@ -10,18 +10,18 @@ import grpc.aio
 
 from isthmus.clock import Clock
 from isthmus.convert import finish_reason_to_proto
-from isthmus.errors import TransferIncomplete, WorkerLost, WorkersUnavailable
+from isthmus.errors import AttachedElsewhere, WorkerLost, WorkersUnavailable
 from isthmus.log import get_logger
-from isthmus.rpc_errors import typed_error
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, decode_pb2_grpc
-from router.inbox import Failed, Inbox
+from router.decode_stream import DecodeStream, Said
+from router.inbox import Failed, Source
 from router.policy import NO_NEW_WORK_S
 
 MAX_OUTGOING = 4096  # messages to a worker that does not read; beyond it the session is given up
 HELLO_TIMEOUT_S = 2.0
-RESERVE_TIMEOUT_S = 2.0
-SETTLE_TIMEOUT_S = 1.0
+BLIP_TIMEOUT_S = 0.5  # to come back to the streams of a lost connection: a worker keeps them a little longer
+ANSWER_TIMEOUT_S = 2.0  # to a reservation, an attach or a rearm
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.05, 1.0
 SessionCall = grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse]
 _log = get_logger("router.session")
@@ -36,58 +36,25 @@ class SessionPeer:
     decode_name: str
 
 
-@dataclass(eq=False, slots=True)
-class DecodeStream:
-    """One reservation. Its messages reach `inbox` until `close`."""
-
-    session: "Session"
-    request_id: str
-    attempt: int
-    inbox: Inbox
-    answer: asyncio.Future[decode_pb2.Reserved]
-    is_claimed: bool = False  # decode has reported a token
-    is_cancelled: bool = False
-    ended: asyncio.Event = field(default_factory=asyncio.Event)  # nothing of it is left on the worker
-
-    @property
-    def reserved(self) -> decode_pb2.Reserved:
-        return self.answer.result()
-
-    def end(self, finish_reason: FinishReason) -> None:
-        """Tells the worker to free everything, once, unless it has done so. Never waits."""
-        if not self.ended.is_set() and not self.is_cancelled:
-            self.is_cancelled = True
-            self.session.send_cancel(self, finish_reason)
-
-    def let_end(self) -> None:
-        """The worker finds the same end by itself and frees everything then."""
-        self.ended.set()
-
-    async def settle(self) -> None:
-        """After `end`: waits, within a bound, for the worker's word that nothing is left: it may be asked again."""
-        try:
-            async with asyncio.timeout(SETTLE_TIMEOUT_S):
-                await self.ended.wait()
-        except TimeoutError:
-            _log.warning("session.unsettled", request_id=self.request_id, attempt=self.attempt)
-
-    def close(self) -> None:
-        self.session.forget(self)
-
-
 def _new_future() -> asyncio.Future[None]:
     return asyncio.get_running_loop().create_future()
 
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """Event loop only. `run` connects and reconnects until cancelled; a lost connection ends every stream of it."""
+    """Event loop only. `run` connects and reconnects until cancelled.
+
+    A connection that breaks is tried once more at once: the same incarnation goes on with the streams where this router
+    heard them last. Otherwise they are lost here, and the next hello tells the worker so by not naming them.
+    """
 
     stub: "decode_pb2_grpc.DecodeServiceAsyncStub"
     peer: SessionPeer
     clock: Clock
     on_change: Callable[[], None]
     hello: decode_pb2.DecodeHello | None = field(default=None, init=False)  # while the session is alive
+    is_leaving: bool = field(default=False, init=False)  # the worker drains
+    has_met: bool = field(default=False, init=False)  # the first try to connect is over
     _streams: dict[str, DecodeStream] = field(default_factory=dict[str, DecodeStream], init=False)
     _heard_at: float = field(init=False)  # of the present connection, as are these:
     _outgoing: asyncio.Queue[decode_pb2.SessionRequest] = field(init=False)
@@ -107,57 +74,83 @@ class Session:
         is_owed = any(stream.is_claimed for stream in self._streams.values())
         return is_owed and self.clock.now() - self._heard_at >= NO_NEW_WORK_S
 
-    def attach_id(self, attempt: int) -> decode_pb2.AttachId:
-        """The attempt is the counter: a later attempt's messages outrank an earlier one's."""
-        return decode_pb2.AttachId(router_incarnation=self.peer.router_incarnation, counter=attempt)
+    def attach_id(self, counter: int) -> decode_pb2.AttachId:
+        """A later attempt's messages outrank an earlier one's."""
+        return decode_pb2.AttachId(router_incarnation=self.peer.router_incarnation, counter=counter)
 
     async def run(self) -> None:
         backoff_s = FIRST_BACKOFF_S
-        while True:
-            problem = "closed by the worker"
-            try:
-                call = await self._connect()
-                backoff_s = FIRST_BACKOFF_S
-                await self._converse(call)
-            except grpc.aio.AioRpcError as error:
-                problem = error.details() or error.code().name
-            except (TimeoutError, WorkerLost) as error:
-                problem = str(error) or "no hello in time"
-            except Exception as error:  # noqa: BLE001 - the session's root: one worker's nonsense must not end the others'
-                _log.exception("session.failed", error, worker=self.peer.decode_name)
-            finally:
-                self.abandon("the session with the decode worker was lost")
-            _log.debug("session.lost", worker=self.peer.decode_name, problem=problem, retry_s=backoff_s)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(backoff_s * 2, LAST_BACKOFF_S)
-
-    async def reserve(self, reserve: decode_pb2.Reserve, inbox: Inbox, *, timeout_s: float) -> DecodeStream:
-        """Asks for room. Raises the worker's refusal as its typed error, WorkersUnavailable when it does not answer."""
-        if not self.is_alive:
-            raise WorkersUnavailable("no session with the decode worker")
-        request_id = reserve.request.request_id
-        assert request_id not in self._streams, "one reservation of a request at a time on one worker"
-        answer = asyncio.get_running_loop().create_future()
-        stream = DecodeStream(self, request_id, reserve.attach.counter, inbox, answer)
-        self._streams[request_id] = stream
         try:
-            self._send(decode_pb2.SessionRequest(reserve=reserve))
-            async with asyncio.timeout(min(timeout_s, RESERVE_TIMEOUT_S)):
-                await answer
-        except BaseException as error:  # also a cancellation: nobody would free what the worker may have set aside
-            stream.end(FinishReason.CANCELLED)
-            self.forget(stream)
-            if isinstance(error, TimeoutError):
-                raise WorkersUnavailable("the decode worker did not answer a reservation in time") from error
-            raise
+            while True:
+                problem = await self._connect_once()
+                self.has_met = True
+                if self._lose_connection(problem):
+                    backoff_s = FIRST_BACKOFF_S
+                else:
+                    await asyncio.sleep(backoff_s)
+                    backoff_s = min(backoff_s * 2, LAST_BACKOFF_S)
+        finally:
+            self.abandon("the session was closed")
+
+    async def _connect_once(self) -> str:
+        """One connection's life; why it ended."""
+        try:
+            await self._converse(await self._connect())
+        except grpc.aio.AioRpcError as error:
+            return error.details() or error.code().name
+        except (TimeoutError, WorkerLost) as error:
+            return str(error) or "no hello in time"
+        except Exception as error:  # noqa: BLE001 - the session's root: one worker's nonsense must not end the others'
+            _log.exception("session.failed", error, worker=self.peer.decode_name)
+            return type(error).__name__
+        return "closed by the worker"
+
+    async def reserve(self, reserve: decode_pb2.Reserve, source: Source, *, timeout_s: float) -> DecodeStream:
+        """Asks for room. Raises the worker's refusal as its typed error, WorkersUnavailable when it does not answer."""
+        request_id = reserve.request.request_id
+        message = decode_pb2.SessionRequest(reserve=reserve)
+        return await self._ask(message, request_id, reserve.attach.counter, source, timeout_s)
+
+    async def attach(self, request_id: str, next_index: int, source: Source) -> DecodeStream:
+        """Takes over a stream, whoever has it. Raises StreamGone, IndexOutOfRange, WorkersUnavailable."""
+        attach = decode_pb2.Attach(request_id=request_id, attach=self.attach_id(0), next_index=next_index)
+        message = decode_pb2.SessionRequest(attach=attach)
+        stream = await self._ask(message, request_id, 0, source, ANSWER_TIMEOUT_S)
+        stream.counter = stream.attached.attach.counter
+        stream.next_index = next_index
         return stream
+
+    async def rearm(self, stream: DecodeStream, attempt: int, fill_timeout_s: float) -> decode_pb2.Rearmed:
+        """Fences the transfer's writers so far; says what is missing. Raises StaleOwner when nothing may fill it."""
+        stream.rearmed = asyncio.get_running_loop().create_future()
+        rearm = decode_pb2.Rearm(
+            request_id=stream.request_id,
+            transfer_id=stream.reserved.transfer_id,
+            attempt=attempt,
+            attach=self.attach_id(stream.counter),
+            fill_timeout_ms=int(fill_timeout_s * 1000),
+        )
+        self._send(decode_pb2.SessionRequest(rearm=rearm))
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await stream.rearmed
+        except TimeoutError as error:
+            raise WorkerLost("the decode worker did not answer a rearm in time") from error
+        finally:
+            stream.rearmed = None
+
+    def send_move(self, stream: DecodeStream, target: decode_pb2.Reserved) -> None:
+        """The worker's Moved follows."""
+        attach = self.attach_id(stream.counter)
+        move = decode_pb2.Move(request_id=stream.request_id, attach=attach, target=target)
+        self._send(decode_pb2.SessionRequest(move=move))
 
     def send_cancel(self, stream: DecodeStream, finish_reason: FinishReason) -> None:
         if self._streams.get(stream.request_id) is not stream or not self.is_alive:
             return
         cancel = decode_pb2.CancelStream(
             request_id=stream.request_id,
-            attach=self.attach_id(stream.attempt),
+            attach=self.attach_id(stream.counter),
             finish_reason=finish_reason_to_proto(finish_reason),
         )
         self._send(decode_pb2.SessionRequest(cancel=cancel))
@@ -169,20 +162,45 @@ class Session:
         self.on_change()
 
     def abandon(self, why: str) -> None:
-        """Gives the connection up; every stream is told at once, and the worker frees what it held for this router."""
+        """Gives the connection up; every stream is told at once, and the next hello does not name them."""
         if not self._given_up.done():
             self._given_up.set_result(None)
         was_alive, self.hello = self.is_alive, None
         for stream in [stream for stream in self._streams.values() if not stream.ended.is_set()]:
-            self._finish(stream, Failed("decode", WorkerLost(why)))
+            stream.finish(Failed(WorkerLost(why)))
         if was_alive:
             _log.info("session.given_up", worker=self.peer.decode_name, why=why)
             self.on_change()
 
+    async def _ask(
+        self, message: decode_pb2.SessionRequest, request_id: str, counter: int, source: Source, timeout_s: float
+    ) -> DecodeStream:
+        if not self.is_alive:
+            raise WorkersUnavailable("no session with the decode worker")
+        if (other := self._streams.get(request_id)) is not None:  # resumed at the router that still has it
+            other.let_go()
+            other.source.put(Failed(AttachedElsewhere("another call took the stream over")))
+        answer = asyncio.get_running_loop().create_future()
+        stream = DecodeStream(self, request_id, counter, source, answer)
+        self._streams[request_id] = stream
+        try:
+            self._send(message)
+            async with asyncio.timeout(min(timeout_s, ANSWER_TIMEOUT_S)):
+                await answer
+        except BaseException as error:  # also a cancellation: nobody would free what the worker may have set aside
+            stream.end(FinishReason.CANCELLED)
+            self.forget(stream)  # its source may be asked for elsewhere
+            if isinstance(error, TimeoutError):
+                raise WorkersUnavailable("the decode worker did not answer in time") from error
+            raise
+        return stream
+
     async def _connect(self) -> SessionCall:
+        """Names the streams to go on with; what the worker does not know of them is lost."""
         call: SessionCall = self.stub.Session()
-        async with asyncio.timeout(HELLO_TIMEOUT_S):
-            router_hello = decode_pb2.RouterHello(router_incarnation=self.peer.router_incarnation)
+        kept = [decode_pb2.StreamCursor(request_id=s.request_id, next_index=s.next_index) for s in self._kept()]
+        async with asyncio.timeout(BLIP_TIMEOUT_S if kept else HELLO_TIMEOUT_S):
+            router_hello = decode_pb2.RouterHello(router_incarnation=self.peer.router_incarnation, streams=kept)
             await call.write(decode_pb2.SessionRequest(hello=router_hello))
             first = await call.read()
         if not isinstance(first, decode_pb2.SessionResponse) or first.WhichOneof("message") != "hello":
@@ -192,10 +210,29 @@ class Session:
         self._outgoing = asyncio.Queue(MAX_OUTGOING)
         self._given_up = _new_future()
         self._heard_at = self.clock.now()
-        self.hello = first.hello
-        _log.info("session.alive", worker=self.peer.decode_name)
+        self.hello, self.has_met = first.hello, True
+        for request_id in first.hello.unknown_streams:
+            if stream := self._streams.get(request_id):
+                stream.finish(Failed(WorkerLost("the decode worker no longer has the stream")))
+        _log.info("session.alive", worker=self.peer.decode_name, num_streams=len(kept))
         self.on_change()
         return call
+
+    def _kept(self) -> list[DecodeStream]:
+        return [s for s in self._streams.values() if not (s.ended.is_set() or s.is_cancelled)]
+
+    def _lose_connection(self, problem: str) -> bool:
+        """After a conversation broke off by itself, True: its streams wait for the connection to be made again."""
+        is_blip = self.is_alive
+        if is_blip:
+            self.hello = None
+            for stream in [s for s in self._streams.values() if not s.answer.done() or s.rearmed is not None]:
+                stream.refuse(WorkersUnavailable("the session broke off"))  # whether it was heard, nobody knows
+        else:
+            self.abandon(f"the decode worker was lost: {problem}")
+        _log.debug("session.lost", worker=self.peer.decode_name, problem=problem, is_blip=is_blip)
+        self.on_change()
+        return is_blip
 
     async def _converse(self, call: SessionCall) -> None:
         """Reads and writes until either fails or the session is given up."""
@@ -235,34 +272,20 @@ class Session:
             case "step":
                 for tokens in message.step.streams:
                     if stream := self._streams.get(tokens.request_id):
-                        stream.is_claimed = True
-                        stream.inbox.put(tokens)
-            case "reserved":
-                stream = self._streams.get(message.reserved.request_id)
-                if stream and not stream.answer.done():
-                    stream.answer.set_result(message.reserved)
-            case "refused":
-                refused = message.refused
-                retry_after_s = refused.retry_after_ms / 1000 or None
-                error = typed_error(refused.reason, refused.detail, retry_after_s=retry_after_s)
-                self._finish(self._streams.get(refused.request_id), Failed("decode", error))
-            case "ended":
-                self._finish(self._streams.get(message.ended.request_id), message.ended)
-            case "transfer_failed":
-                failed = message.transfer_failed
-                error = TransferIncomplete(f"the prompt's blocks did not arrive: {failed.reason}")
-                self._finish(self._streams.get(failed.request_id), Failed("transfer", error))
+                        stream.hear(tokens)
+            case "leaving":
+                self.is_leaving = True
+                for stream in self._streams.values():
+                    stream.source.put(message.leaving)
+                self.on_change()
+            case "attached":
+                self._tell(message.attached.request.request_id, message.attached)
+            case "reserved" | "refused" | "ended" | "transfer_failed" | "rearmed" | "detached" | "moved" as kind:
+                said = getattr(message, kind)
+                self._tell(said.request_id, said)
             case other:
                 _log.warning("session.unexpected", worker=self.peer.decode_name, message=other)
 
-    def _finish(self, stream: DecodeStream | None, event: decode_pb2.StreamEnded | Failed) -> None:
-        """The worker holds nothing of the stream any more: as its answer when it was still asked, else as an event."""
-        if stream is None:
-            return
-        stream.ended.set()
-        stream.is_claimed = False
-        if stream.answer.done():
-            stream.inbox.put(event)
-        else:
-            ended = WorkersUnavailable("the stream ended before it was reserved")
-            stream.answer.set_exception(event.error if isinstance(event, Failed) else ended)
+    def _tell(self, request_id: str, said: Said) -> None:
+        if stream := self._streams.get(request_id):
+            stream.take(said)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from google.protobuf.message import DecodeError
 
 from isthmus.convert import sampling_from_proto
-from isthmus.errors import FieldViolation, InvalidRequest, ModelNotFound, NotYet
+from isthmus.errors import InvalidRequest, ModelNotFound
 from isthmus.types import SamplingParams
 from isthmus.v1 import inference_pb2, types_pb2
 from router.wire_scan import MAX_LOGIT_BIAS, MAX_STOP, check_wire
@@ -21,6 +21,7 @@ MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_PRIORITY = 100
 MAX_RETENTION_S = 120
+DEFAULT_RETENTION_S = 30
 MAX_CLIENT_ID_CHARACTERS = 256
 MAX_TENANT_CHARACTERS = 64
 
@@ -50,7 +51,7 @@ def parse_request(raw: bytes, max_prompt_bytes: int) -> inference_pb2.GenerateRe
 def check_request(message: inference_pb2.GenerateRequest, model: ModelFacts) -> None:
     """Everything that can be said before the prompt is tokenised."""
     check_model(message.model, model)
-    _check_served(message)
+    _check_continuation(message, model)
     _check_identity(message)
     match message.WhichOneof("input"):
         case "prompt":
@@ -64,6 +65,19 @@ def check_request(message: inference_pb2.GenerateRequest, model: ModelFacts) -> 
     _check_choice(message.sampling)
     _check_penalties(message.sampling)
     _check_ends(message.sampling, model.vocab_size)
+
+
+def check_resume(message: inference_pb2.ResumeRequest) -> None:
+    _check_text("request_id", message.request_id, MAX_CLIENT_ID_CHARACTERS)
+    _refuse_unless(bool(message.request_id), "request_id", "", "the id that `accepted` gave")
+    _refuse_unless(message.next_index >= 0, "next_index", message.next_index, "0 or more")
+
+
+def retention_s(message: inference_pb2.GenerateRequest) -> int:
+    """How long the stream is kept without a reader; 0: not at all."""
+    if message.on_disconnect != types_pb2.ON_DISCONNECT_RETAIN:
+        return 0
+    return message.retention_s or DEFAULT_RETENTION_S
 
 
 def check_model(name: str, model: ModelFacts) -> None:
@@ -104,19 +118,15 @@ def complete_sampling(
     return replace(sampling_from_proto(params), max_tokens=max_tokens, top_k=top_k)
 
 
-def _check_served(message: inference_pb2.GenerateRequest) -> None:
-    """Fields of the protocol that this version does not follow are refused, never ignored."""
+def _check_continuation(message: inference_pb2.GenerateRequest, model: ModelFacts) -> None:
+    """What makes a stream survive: kept for its client, or continued from what the client has."""
     if message.on_disconnect not in types_pb2.OnDisconnect.values():
         raise InvalidRequest.of("on_disconnect", message.on_disconnect, "ABORT or RETAIN")
-    if message.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN:
-        raise _not_yet("on_disconnect", "RETAIN")
-    if message.emitted_token_ids:
-        raise _not_yet("emitted_token_ids", f"{len(message.emitted_token_ids)} tokens")
-
-
-def _not_yet(field: str, given: str) -> NotYet:
-    violation = FieldViolation(field, f"given {given}; not served yet: leave it out")
-    return NotYet(f"{field}: {violation.description}", violations=(violation,))
+    check_token_ids("emitted_token_ids", message.emitted_token_ids, model.vocab_size, may_be_empty=True)
+    params = message.sampling
+    is_greedy = params.HasField("temperature") and params.temperature == 0
+    is_whole = params.HasField("seed") or is_greedy or not message.emitted_token_ids
+    _refuse_unless(is_whole, "sampling.seed", None, "with emitted_token_ids, the seed they were drawn with")
 
 
 def _check_identity(message: inference_pb2.GenerateRequest) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc.aio
 
@@ -13,7 +13,7 @@ from isthmus.log import get_logger
 from isthmus.v1 import admin_pb2, decode_pb2_grpc, prefill_pb2_grpc
 from kv_transfer.ownership import OwnershipStore, StoreUnavailable, WorkerRecord
 from router.session import Session, SessionPeer
-from router.workers import DecodeWorker, PrefillWorker, is_hung, numerics_class
+from router.workers import UNLISTED_S, DecodeWorker, PrefillWorker, is_hung, numerics_class
 
 WATCH_INTERVAL_S = 0.25
 STORE_TIMEOUT_S = 1.0
@@ -39,6 +39,7 @@ class WorkerPool:
     decode: dict[str, DecodeWorker] = field(default_factory=dict[str, DecodeWorker], init=False)
     prefill: dict[str, PrefillWorker] = field(default_factory=dict[str, PrefillWorker], init=False)
     is_degraded: bool = field(default=False, init=False)  # the registry does not answer: its last view is kept
+    has_view: bool = field(default=False, init=False)  # the registry has answered once
     _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> None:
@@ -53,6 +54,11 @@ class WorkerPool:
 
     def usable_decode(self) -> list[DecodeWorker]:
         return [worker for worker in self.decode.values() if worker.takes_work]
+
+    @property
+    def has_unmet(self) -> bool:
+        """Workers that this router has not spoken to yet: it has just started, or they have."""
+        return not self.has_view or any(not worker.session.has_met for worker in self.decode.values())
 
     def usable_prefill(self) -> list[PrefillWorker]:
         now = self.clock.now()
@@ -84,20 +90,24 @@ class WorkerPool:
         except (StoreUnavailable, TimeoutError) as error:  # sessions go on without it
             if not self.is_degraded:
                 _log.warning("registry.unreachable", error=f"{type(error).__name__}: {error}")
+                for worker in [*self.decode.values(), *self.prefill.values()]:  # the last view must not age
+                    worker.record = replace(worker.record, seconds_since_progress=0.0)
             self.is_degraded = True
         else:
             if self.is_degraded:
                 _log.info("registry.back")
-            self.is_degraded = False
+            self.is_degraded, self.has_view = False, True
             await self._take_view(records[:MAX_WORKERS], sessions)
         self._lose_hung()
         self.note_change()
 
     async def _take_view(self, records: list[WorkerRecord], sessions: asyncio.TaskGroup) -> None:
         listed = {record.incarnation: record for record in records if record.model_digest == self.model_digest}
+        now = self.clock.now()
         for workers in (self.decode, self.prefill):
             for incarnation, worker in list(workers.items()):
-                worker.has_lease = incarnation in listed
+                worker.listed_at = now if incarnation in listed else worker.listed_at
+                worker.has_lease = now - worker.listed_at < UNLISTED_S
                 if not worker.has_lease and not worker.is_busy:
                     del workers[incarnation]
                     self.ledger.record("worker.left", cause=worker.record.role, worker=worker.record.name)
@@ -115,10 +125,10 @@ class WorkerPool:
             peer = SessionPeer(self.incarnation, record.incarnation, record.name)
             session = Session(stub, peer, clock=self.clock, on_change=self.note_change)
             task = sessions.create_task(session.run(), name=f"session {record.name}")
-            self.decode[record.incarnation] = DecodeWorker(record, numerics, session, channel, task)
+            self.decode[record.incarnation] = DecodeWorker(record, numerics, session, channel, task, self.clock.now())
         else:
             stub = prefill_pb2_grpc.PrefillServiceStub(channel)
-            self.prefill[record.incarnation] = PrefillWorker(record, numerics, channel, stub)
+            self.prefill[record.incarnation] = PrefillWorker(record, numerics, channel, stub, self.clock.now())
         self.ledger.record("worker.joined", cause=record.role, worker=record.name, incarnation=record.incarnation)
 
     def _lose_hung(self) -> None:

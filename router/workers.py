@@ -8,11 +8,12 @@ import grpc.aio
 from isthmus.errors import WorkerLost
 from isthmus.v1 import prefill_pb2_grpc
 from kv_transfer.ownership import WorkerRecord
-from router.inbox import Failed, Inbox
+from router.inbox import Failed, Source
 from router.policy import LOST_S, NO_NEW_WORK_S, DecodeView, NumericsClass, PrefillView
 from router.session import Session
 
 SUSPECT_S = 1.0  # after a failed call
+UNLISTED_S = 2.0  # a registry that lost its data hears of every worker again within a heartbeat or two
 CHANNEL_CLOSE_S = 0.5
 
 
@@ -25,6 +26,7 @@ class DecodeWorker:
     session: Session
     channel: grpc.aio.Channel
     task: asyncio.Task[None]
+    listed_at: float  # on the router's clock
     has_lease: bool = True
     reserved_blocks: int = 0
 
@@ -35,7 +37,8 @@ class DecodeWorker:
         Its lease is fresh too; while Redis is away the last view of it counts.
         """
         hello = self.session.hello
-        if not self.has_lease or hello is None or self.session.is_silent or not _is_well(self.record):
+        is_away = not self.has_lease or self.session.is_leaving or self.session.is_silent
+        if is_away or hello is None or not _is_well(self.record):
             return False
         said = (hello.layout.fingerprint, hello.numerics_digest)
         return said == (self.numerics.layout_fingerprint, self.numerics.numerics_digest)
@@ -67,16 +70,17 @@ class DecodeWorker:
 
 @dataclass(eq=False, slots=True)
 class PrefillWorker:
-    """Owned by the pool; placements count `num_tokens_ahead` and enter their inboxes."""
+    """Owned by the pool; placements count `num_tokens_ahead` and enter their calls."""
 
     record: WorkerRecord
     numerics: NumericsClass
     channel: grpc.aio.Channel
     stub: "prefill_pb2_grpc.PrefillServiceAsyncStub"
+    listed_at: float
     has_lease: bool = True
     num_tokens_ahead: int = 0  # prompts given to it and not yet computed
     suspect_until: float = 0.0
-    calls: set[Inbox] = field(default_factory=set[Inbox])
+    calls: set[Source] = field(default_factory=set[Source])
 
     def takes_work(self, now: float) -> bool:
         return self.has_lease and now >= self.suspect_until and _is_well(self.record)
@@ -98,8 +102,8 @@ class PrefillWorker:
         await self.channel.close(CHANNEL_CLOSE_S)
 
     def lose(self, why: str) -> None:
-        for inbox in list(self.calls):
-            inbox.put(Failed("prefill", WorkerLost(why)))
+        for source in list(self.calls):
+            source.put(Failed(WorkerLost(why)))
 
 
 def numerics_class(record: WorkerRecord) -> NumericsClass:

@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from isthmus.testing.stack import Client, Result, Stack, request
-from isthmus.v1 import inference_pb2, types_pb2
+from isthmus.v1 import inference_pb2
 
 VOCAB = 2048
 CONTEXT = 2048
@@ -127,28 +127,6 @@ async def test_unknown_model(client: Client) -> None:
     result = await client.failing(message)
     assert result.error.code() == grpc.StatusCode.NOT_FOUND
     assert details(result.error)[0].reason == "MODEL_NOT_FOUND"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m.emitted_token_ids.append(5),
-        lambda m: setattr(m, "on_disconnect", types_pb2.ON_DISCONNECT_RETAIN),
-    ],
-    ids=["emitted_token_ids", "retain"],
-)
-async def test_what_is_not_served_yet_says_so(client: Client, change) -> None:
-    message = request("a", max_tokens=4)
-    change(message)
-    result = await client.failing(message)
-    assert result.error.code() == grpc.StatusCode.UNIMPLEMENTED
-
-
-async def test_resume_is_not_served_yet(client: Client) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in client.stub.Resume(inference_pb2.ResumeRequest(request_id="x", next_index=0), timeout=5):
-            pass
-    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_special_tokens_in_user_text_stay_text(client: Client) -> None:

@@ -34,6 +34,7 @@ from isthmus.vocabulary import Vocabulary
 from kv_transfer.ownership import WorkerLoad, WorkerRecord
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchSettings
+from router.locate import Locator
 from router.placement import Placement
 from router.server import Backend, InferenceServer
 from router.text import TextWorkers
@@ -82,6 +83,8 @@ class FakeStream:
     counter: int
     transfer_id: str
     outgoing: "asyncio.Queue[decode_pb2.SessionResponse]"
+    attempt: int = 1
+    num_sent: int = 0
     task: asyncio.Task[None] | None = None
 
 
@@ -98,21 +101,35 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.ended: list[str] = []
         self.refuse: Callable[[decode_pb2.Reserve], IsthmusError | None] = lambda reserve: None
         self.token = script_token
+        self.cluster_commit: Callable[[str], object] = lambda transfer_id: None
         self.max_tokens_sent: int | None = None  # then it falls silent
         self.token_interval_s = 0.0
         self.answers_reserve = True
         self.tokens_per_step = 1
         self.total_blocks = 1000
         self.lose_sessions = asyncio.Event()
+        self.keeps_streams = False  # of a lost session
+        self.hellos: list[decode_pb2.RouterHello] = []
+        self.rearms: list[decode_pb2.Rearm] = []
 
     async def Session(  # noqa: N802
         self, request_iterator: AsyncIterator[decode_pb2.SessionRequest], context: Any
     ) -> AsyncIterator[decode_pb2.SessionResponse]:
         outgoing: asyncio.Queue[decode_pb2.SessionResponse] = asyncio.Queue()
+        first = await anext(request_iterator)
+        self.hellos.append(first.hello)
+        named = [cursor.request_id for cursor in first.hello.streams]
         hello = decode_pb2.DecodeHello(
-            incarnation=self.incarnation, layout=layout_to_proto(LAYOUT), numerics_digest=NUMERICS
+            incarnation=self.incarnation,
+            layout=layout_to_proto(LAYOUT),
+            numerics_digest=NUMERICS,
+            unknown_streams=[request_id for request_id in named if request_id not in self.streams],
         )
         outgoing.put_nowait(decode_pb2.SessionResponse(hello=hello))
+        for cursor in first.hello.streams:
+            if stream := self.streams.get(cursor.request_id):
+                stream.outgoing = outgoing
+                self._start(stream, cursor.next_index)
         reader = asyncio.create_task(self._read(request_iterator, outgoing))
         lost = asyncio.create_task(self.lose_sessions.wait())
         try:
@@ -127,7 +144,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             for task in (reader, lost):
                 task.cancel()
             await asyncio.gather(reader, lost, return_exceptions=True)
-            for stream in [s for s in self.streams.values() if s.outgoing is outgoing]:
+            for stream in [s for s in self.streams.values() if s.outgoing is outgoing and not self.keeps_streams]:
                 self._drop(stream)
 
     async def _read(self, messages: AsyncIterator[decode_pb2.SessionRequest], outgoing: Any) -> None:
@@ -139,6 +156,13 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
                     self.cancels.append(message.cancel)
                     if stream := self.streams.get(message.cancel.request_id):
                         self._end(stream, message.cancel.finish_reason, 0)
+                case "rearm":
+                    self.rearms.append(message.rearm)
+                    self._rearm(message.rearm, outgoing)
+                case "attach":
+                    self._attach(message.attach, outgoing)
+                case "move":
+                    self._move(message.move, outgoing)
                 case _:
                     pass
 
@@ -166,22 +190,88 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         )
         outgoing.put_nowait(decode_pb2.SessionResponse(reserved=reserved))
 
+    async def Find(self, request: decode_pb2.FindRequest, context: Any) -> decode_pb2.FindResponse:  # noqa: N802
+        return decode_pb2.FindResponse(found=request.request_id in self.streams)
+
+    def leave(self) -> None:
+        """Asks every router to move its streams away."""
+        for outgoing in {id(s.outgoing): s.outgoing for s in self.streams.values()}.values():
+            outgoing.put_nowait(decode_pb2.SessionResponse(leaving=decode_pb2.Leaving()))
+
+    def _rearm(self, rearm: decode_pb2.Rearm, outgoing: Any) -> None:
+        stream = self.streams.get(rearm.request_id)
+        if stream is None or stream.task is not None:
+            refused = decode_pb2.Refused(request_id=rearm.request_id, reason="STALE_OWNER", detail="claimed")
+            outgoing.put_nowait(decode_pb2.SessionResponse(refused=refused))
+            return
+        stream.attempt = rearm.attempt
+        missing = [types_pb2.Extent(plane=0, layer=1, first_token=0, num_tokens=1)]
+        rearmed = decode_pb2.Rearmed(
+            request_id=rearm.request_id, transfer_id=stream.transfer_id, attempt=rearm.attempt, missing=missing
+        )
+        outgoing.put_nowait(decode_pb2.SessionResponse(rearmed=rearmed))
+
+    def _attach(self, attach: decode_pb2.Attach, outgoing: Any) -> None:
+        stream = self.streams.get(attach.request_id)
+        if stream is None:
+            refused = decode_pb2.Refused(request_id=attach.request_id, reason="STREAM_GONE", detail="not here")
+            outgoing.put_nowait(decode_pb2.SessionResponse(refused=refused))
+            return
+        stream.counter += 1
+        now = decode_pb2.AttachId(router_incarnation=attach.attach.router_incarnation, counter=stream.counter)
+        if stream.outgoing is not outgoing:
+            detached = decode_pb2.Detached(request_id=attach.request_id, attach=now)
+            stream.outgoing.put_nowait(decode_pb2.SessionResponse(detached=detached))
+        stream.outgoing = outgoing
+        request = types_pb2.EngineRequest()
+        request.CopyFrom(stream.request)
+        request.emitted_token_ids[:] = [self.token(stream.request, i).id for i in range(stream.num_sent)]
+        attached = decode_pb2.Attached(
+            request=request,
+            attach=now,
+            next_index=attach.next_index,
+            on_disconnect=types_pb2.ON_DISCONNECT_RETAIN,
+            retention_s=30,
+        )
+        outgoing.put_nowait(decode_pb2.SessionResponse(attached=attached))
+        self._start(stream, attach.next_index)
+
+    def _move(self, move: decode_pb2.Move, outgoing: Any) -> None:
+        """The target claims at once; nothing is left here."""
+        stream = self.streams[move.request_id]
+        self.cluster_commit(move.target.transfer_id)
+        self._drop(stream)
+        moved = decode_pb2.Moved(request_id=move.request_id, transfer_id=move.target.transfer_id, acked=True)
+        outgoing.put_nowait(decode_pb2.SessionResponse(moved=moved))
+
     def commit(self, transfer_id: str) -> None:
         """The prompt's blocks and token 0 have arrived."""
         for stream in self.streams.values():
             if stream.transfer_id == transfer_id:
-                stream.task = asyncio.create_task(self._decode(stream))
+                self._start(stream, len(stream.request.emitted_token_ids))
+
+    def _start(self, stream: FakeStream, index: int) -> None:
+        if stream.task is not None:
+            stream.task.cancel()
+        stream.task = asyncio.create_task(self._decode(stream, index))
 
     def abort(self, transfer_id: str, *, is_finished: bool) -> None:
         for stream in [s for s in self.streams.values() if s.transfer_id == transfer_id]:
-            self._drop(stream)
-            if not is_finished:
-                failed = decode_pb2.TransferFailed(request_id=stream.request.request_id, reason="fill deadline")
+            if is_finished:
+                self._drop(stream)
+            else:
+                failed = decode_pb2.TransferFailed(
+                    request_id=stream.request.request_id, attempt=stream.attempt, reason="sender gone"
+                )
                 stream.outgoing.put_nowait(decode_pb2.SessionResponse(transfer_failed=failed))
 
-    async def _decode(self, stream: FakeStream) -> None:
+    async def _decode(self, stream: FakeStream, first_index: int) -> None:
         num_tokens = stream.request.sampling.max_tokens
-        for index in range(0, num_tokens, self.tokens_per_step):
+        if first_index:  # the sign of the claim
+            sent = decode_pb2.StreamTokens(request_id=stream.request.request_id, index=first_index)
+            stream.outgoing.put_nowait(decode_pb2.SessionResponse(step=decode_pb2.StepTokens(streams=[sent])))
+            await asyncio.sleep(self.token_interval_s)
+        for index in range(first_index, num_tokens, self.tokens_per_step):
             if self.max_tokens_sent is not None and index >= self.max_tokens_sent:
                 await asyncio.Event().wait()
             count = min(self.tokens_per_step, num_tokens - index)
@@ -189,6 +279,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             sent = decode_pb2.StreamTokens(request_id=stream.request.request_id, index=index, tokens=tokens)
             step = decode_pb2.StepTokens(step=index, streams=[sent])
             stream.outgoing.put_nowait(decode_pb2.SessionResponse(step=step))
+            stream.num_sent = max(stream.num_sent, index + count)
             if EOS in (token.id for token in tokens):
                 self._end(stream, types_pb2.FINISH_REASON_STOP, index + count)
                 return
@@ -222,6 +313,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
         self.num_running = 0
         self.token = script_token
         self.fail: Callable[[int], IsthmusError | None] = lambda call: None  # by call number, before the first token
+        self.crash: Callable[[int], IsthmusError | None] = lambda call: None  # the same, but with the prompt begun
         self.hold_first_token: asyncio.Event | None = None
         self.commits = True
         self.done = prefill_pb2.Done(
@@ -245,6 +337,8 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
                 await self.hold_first_token.wait()
             num_tokens = len(request.request.prompt_token_ids)
             yield prefill_pb2.PrefillResponse(progress=prefill_pb2.Progress(num_computed_tokens=num_tokens))
+            if (error := self.crash(len(self.requests))) is not None:
+                raise error
             token = self.token(request.request, 0)
             reason = None
             if token.id == EOS:
@@ -279,6 +373,7 @@ class Cluster:
     async def add_decode(self, name: str = "d0") -> FakeDecode:
         fake = FakeDecode(name)
         self.decode.append(fake)
+        fake.cluster_commit = lambda transfer_id: [other.commit(transfer_id) for other in self.decode]
         await self._serve(fake, lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(fake, server))
         await self.register(_record(fake, "decode"))
         return fake
@@ -413,13 +508,13 @@ async def running_router(
         ledger=cluster.ledger,
     )
     placement = Placement(pool, admission, clock)
-    limits = DispatchSettings("router-0", config.queue_timeout_s, max_buffered_tokens)
+    limits = DispatchSettings("router-0", config.queue_timeout_s, max_buffered_tokens=max_buffered_tokens)
     dispatch = Dispatch(placement, admission, limits, clock=clock, ledger=cluster.ledger)
     tokenizer: Any = ByteTokenizer()
     server = InferenceServer(config)
     watching = asyncio.create_task(pool.run())
     with TextWorkers(tokenizer, max_prompt_bytes=config.max_prompt_bytes, max_tokens=MODEL.context_length) as text:
-        server.backend = Backend(dispatch, MODEL, text, metrics, clock)
+        server.backend = Backend(dispatch, Locator(pool, clock), MODEL, text, metrics, clock)
         async with serving(server) as address, channel(address) as client:
             router = RunningRouter(
                 inference_pb2_grpc.InferenceServiceStub(client), admission, pool, server, cluster, metrics, address

@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from isthmus.errors import InvalidRequest, IsthmusError, WorkerLost
+from isthmus.errors import InvalidRequest, IsthmusError
 from kv_transfer.ownership import StoreUnavailable, WorkerRecord
 from tests.ownership_memory import MemoryOwnership
-from tests.router.fakes import Cluster, RunningRouter, ask, read_to_the_end, running_router, until
+from tests.router.fakes import SCRIPT, Cluster, RunningRouter, ask, rest, running_router, until
 
 
 class BreakableStore(MemoryOwnership):
@@ -79,16 +79,20 @@ async def test_a_worker_without_progress_or_draining_gets_no_new_work(router: Ru
     assert not router.cluster.decode[0].reserves
 
 
-async def test_a_stalled_decode_worker_loses_its_streams(router: RunningRouter) -> None:
-    router.cluster.decode[0].max_tokens_sent = 3
+async def test_a_stalled_decode_worker_loses_its_streams_to_another(router: RunningRouter) -> None:
+    first = router.cluster.decode[0]
+    first.max_tokens_sent = 3
     call = router.call(ask(max_tokens=50))
-    while (await call.read()).tokens.index < 2:
-        pass
+    tokens = [(await call.read()).tokens]
+    while tokens[-1].index < 2:
+        tokens.append((await call.read()).tokens)
+    spare = await router.cluster.add_decode("d1")
 
-    await router.cluster.change(router.cluster.decode[0].incarnation, state="stalled")
+    await router.cluster.change(first.incarnation, state="stalled", serving=False, seconds_since_progress=3.1)
 
-    with pytest.raises(WorkerLost):
-        await read_to_the_end(call)
+    tokens += [response.tokens async for response in rest(call)]
+    assert bytes(token.id for chunk in tokens for token in chunk.tokens) == (SCRIPT * 2)[:50]
+    assert len(spare.reserves[0].request.emitted_token_ids) == 3
 
 
 async def test_a_stalled_prefill_worker_loses_its_requests_to_another(router: RunningRouter) -> None:

@@ -134,24 +134,17 @@ async def test_unknown_model(router: RunningRouter) -> None:
     assert (refusal.value.grpc_status, refusal.value.reason) == ("NOT_FOUND", "MODEL_NOT_FOUND")
 
 
-@pytest.mark.parametrize(
-    ("message", "field"),
-    [
-        (Message(prompt="a", on_disconnect=types_pb2.ON_DISCONNECT_RETAIN), "on_disconnect"),
-        (Message(prompt="a", emitted_token_ids=[1]), "emitted_token_ids"),
-    ],
-)
-async def test_what_is_not_served_yet_says_so(router: RunningRouter, message: Message, field: str) -> None:
-    with pytest.raises(IsthmusError) as refusal:
-        await router.generate(message)
-    assert refusal.value.grpc_status == "UNIMPLEMENTED"
-    assert refusal.value.violations[0].field == field
+@pytest.mark.parametrize("changes", [{"request_id": ""}, {"request_id": "x", "next_index": -1}])
+async def test_what_cannot_be_resumed_says_why(router: RunningRouter, changes: dict[str, Any]) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await router.stub.Resume(inference_pb2.ResumeRequest(**changes)).read()
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_resume_is_not_served_yet(router: RunningRouter) -> None:
+async def test_a_stream_nobody_has_is_gone(router: RunningRouter) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
         await router.stub.Resume(inference_pb2.ResumeRequest(request_id="x")).read()
-    assert refusal.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert error_from_rpc(refusal.value).reason == "STREAM_GONE"
 
 
 async def test_deadline_already_past(router: RunningRouter) -> None:

@@ -1,0 +1,132 @@
+"""One request's stream on a decode worker, as this router holds it."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from isthmus.errors import AttachedElsewhere, IsthmusError, WorkersUnavailable
+from isthmus.log import get_logger
+from isthmus.rpc_errors import typed_error
+from isthmus.types import FinishReason
+from isthmus.v1 import decode_pb2
+from router.inbox import Event, Failed, Source
+
+if TYPE_CHECKING:
+    from router.session import Session
+
+SETTLE_TIMEOUT_S = 1.0
+Said = (
+    decode_pb2.Reserved
+    | decode_pb2.Attached
+    | decode_pb2.Rearmed
+    | decode_pb2.Refused
+    | decode_pb2.StreamEnded
+    | decode_pb2.TransferFailed
+    | decode_pb2.Detached
+    | decode_pb2.Moved
+)
+Answer = TypeVar("Answer")
+_log = get_logger("router.session")
+
+
+@dataclass(eq=False, slots=True)
+class DecodeStream:
+    """Reserved or attached. Its messages reach `source` until `close`."""
+
+    session: "Session"
+    request_id: str
+    counter: int  # of the attach: fences what an earlier attempt or router still says
+    source: Source
+    answer: asyncio.Future[decode_pb2.Reserved | decode_pb2.Attached]
+    rearmed: asyncio.Future[decode_pb2.Rearmed] | None = None
+    next_index: int = 0  # of the tokens heard
+    is_claimed: bool = False  # decode has spoken: it has every block it needs
+    is_cancelled: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # nothing of it is left on the worker
+
+    @property
+    def reserved(self) -> decode_pb2.Reserved:
+        answer = self.answer.result()
+        assert isinstance(answer, decode_pb2.Reserved), "this stream was attached"
+        return answer
+
+    @property
+    def attached(self) -> decode_pb2.Attached:
+        answer = self.answer.result()
+        assert isinstance(answer, decode_pb2.Attached), "this stream was reserved"
+        return answer
+
+    def end(self, finish_reason: FinishReason) -> None:
+        """Tells the worker to free everything, once, unless it has done so. Never waits."""
+        if not self.ended.is_set() and not self.is_cancelled:
+            self.is_cancelled = True
+            self.session.send_cancel(self, finish_reason)
+
+    def let_go(self) -> None:
+        """The stream is not this router's to end: it ends by itself, or somebody else takes it up."""
+        self.ended.set()
+
+    async def settle(self) -> None:
+        """After `end`: waits, within a bound, for the worker's word that nothing is left: it may be asked again."""
+        try:
+            async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                await self.ended.wait()
+        except TimeoutError:
+            _log.warning("session.unsettled", request_id=self.request_id, counter=self.counter)
+
+    def close(self) -> None:
+        self.source.close()
+        self.session.forget(self)
+
+    def take(self, said: Said) -> None:
+        """The worker's word on this stream alone."""
+        match said:
+            case decode_pb2.Reserved() | decode_pb2.Attached():
+                _answer(self.answer, said)
+            case decode_pb2.Rearmed():
+                _answer(self.rearmed, said)
+            case decode_pb2.Refused():
+                self.refuse(typed_error(said.reason, said.detail, retry_after_s=said.retry_after_ms / 1000 or None))
+            case decode_pb2.StreamEnded():
+                self.finish(said)
+            case decode_pb2.Detached():
+                if said.attach.router_incarnation != self.session.peer.router_incarnation:
+                    self.finish(Failed(AttachedElsewhere("another call took the stream over")))
+            case decode_pb2.TransferFailed():  # the reservation stays until its fill deadline: it can be rearmed
+                self.source.put(said)
+            case decode_pb2.Moved():
+                if said.acked:
+                    self.ended.set()
+                self.source.put(said)
+
+    def hear(self, tokens: decode_pb2.StreamTokens) -> None:
+        self.is_claimed = True
+        self.next_index = max(self.next_index, tokens.index + len(tokens.tokens))
+        self.source.put(tokens)
+
+    def finish(self, event: Event) -> None:
+        """The worker holds nothing of it any more: as the answer when it was still asked, else as an event."""
+        self.ended.set()
+        self.is_claimed = False
+        if self.rearmed is not None and not self.rearmed.done():
+            self.rearmed.set_exception(_error_of(event))
+        if self.answer.done():
+            self.source.put(event)
+        else:
+            self.answer.set_exception(_error_of(event))
+
+    def refuse(self, error: IsthmusError) -> None:
+        """What was asked last is refused: a rearm leaves the stream as it was, anything else ends it."""
+        if self.rearmed is not None and not self.rearmed.done():
+            self.rearmed.set_exception(error)
+        else:
+            self.finish(Failed(error))
+
+
+def _answer(asked: asyncio.Future[Answer] | None, said: Answer) -> None:
+    if asked is not None and not asked.done():
+        asked.set_result(said)
+
+
+def _error_of(event: Event) -> IsthmusError:
+    return event.error if isinstance(event, Failed) else WorkersUnavailable("the stream ended before it was answered")
