@@ -61,7 +61,7 @@ class ServiceConfig(BaseModel):
     model: str = Field("bundled", min_length=1, description="checkpoint directory, hub id (org/name@rev) or 'bundled'")
     context_length: Count | None = Field(None, description="most tokens of a request [as many as the model allows]")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")
-    failpoints: str = Field("", description="for tests: name=sleep(SECONDS)|raise|kill[@N], joined by ';'")
+    failpoints: str = Field("", description="for tests: name=ACTION[@N], joined by ';'; see docs/development.md")
 
     @model_validator(mode="before")
     @classmethod
@@ -116,7 +116,7 @@ class WorkerConfig(ServiceConfig):
 class PrefillConfig(WorkerConfig):
     role: ClassVar[str] = "prefill"
 
-    tile_budget: Count = Field(256, description="tokens computed in one step")
+    tile_budget: Count | None = Field(None, description="tokens computed in one step [a layer of it takes <= 100 ms]")
 
 
 class DecodeConfig(WorkerConfig):

@@ -1,7 +1,9 @@
-"""Named places where a test makes a process sleep, raise or die; set once at start, free when off.
+"""Named places where a test makes a process sleep, raise or die, or harms its frames; set once at start, free when off.
 
-Spec: `name=action[@n]` joined by `;`, e.g. `decode.step=sleep(6)@20;prefill.layer=raise@1;decode.claim=kill@5`.
-`@n` acts on the n-th hit only; without it on every hit.
+Spec: entries `name=action` joined by `;`, several for one name if wished. The action is kill, raise or sleep(SECONDS);
+for the frames of WIRE_NAMES also drop, duplicate, reorder (held back until the next frame has passed) or corrupt (a
+byte of the body flips). An entry acts on every hit of its name, on the n-th only (`@n`) or on each n-th (`@every(n)`):
+`decode.step=sleep(6)@20;transfer.fill=drop@3;transfer.fill=corrupt@every(5)`.
 """
 
 import os
@@ -9,11 +11,16 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+WIRE_NAMES = ("transfer.fill", "transfer.commit", "transfer.abort", "transfer.ack")
+WIRE_ACTIONS = ("drop", "duplicate", "reorder", "corrupt")
 _ENTRY = re.compile(
-    r"(?P<name>[a-z][a-z0-9_.]*)=(sleep\((?P<seconds>\d+(\.\d+)?)\)|(?P<action>raise|kill))(@(?P<nth>[1-9]\d*))?"
+    r"(?P<name>[a-z][a-z0-9_.]*)="
+    rf"(sleep\((?P<seconds>\d+(\.\d+)?)\)|(?P<action>kill|raise|{'|'.join(WIRE_ACTIONS)}))"
+    r"(@(?P<nth>[1-9]\d*)|@every\((?P<every>[1-9]\d*)\))?"
 )
 _MAX_SLEEP_S = 600.0
 
@@ -24,46 +31,59 @@ class FailpointError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Failpoint:
-    action: str  # sleep, raise or kill
-    seconds: float
-    nth: int | None  # None: every hit
+    name: str
+    action: str  # kill, raise, sleep or one of WIRE_ACTIONS
+    seconds: float = 0.0
+    nth: int | None = None  # acts on this hit only
+    every: int = 1  # acts on each hit that is a multiple
+
+    def is_due(self, hit: int) -> bool:
+        return hit % self.every == 0 if self.nth is None else hit == self.nth
 
 
 class Failpoints:
-    """Owns the hit counters. Any thread may hit."""
+    """Owns the hit counters. Any thread may hit. Without entries: inert."""
 
-    def __init__(self, by_name: Mapping[str, Failpoint]):
-        self._by_name = by_name
-        self._hits = dict.fromkeys(by_name, 0)
+    def __init__(self, failpoints: Iterable[Failpoint] = ()):
+        self._by_name: defaultdict[str, list[Failpoint]] = defaultdict(list)
+        for failpoint in failpoints:
+            self._by_name[failpoint.name].append(failpoint)
+        self._hits = dict.fromkeys(self._by_name, 0)
         self._lock = threading.Lock()
 
     @classmethod
     def parse(cls, spec: str) -> "Failpoints":
         """Raises ValueError naming the entry that is not understood."""
-        entries = [entry.strip() for entry in spec.split(";") if entry.strip()]
-        return cls(dict(map(_parse_entry, entries)))
+        return cls([_parse_entry(entry.strip()) for entry in spec.split(";") if entry.strip()])
 
-    def hit(self, name: str) -> None:
-        """Acts if `name` is set and it is its turn. `sleep` blocks the calling thread."""
-        failpoint = self._by_name.get(name)
-        if failpoint is None:
-            return
+    @property
+    def harm_the_wire(self) -> bool:
+        return any(name in self._hits for name in WIRE_NAMES)
+
+    def hit(self, name: str) -> str | None:
+        """Acts if `name` is set and it is its turn; one of WIRE_ACTIONS is for the caller to do. `sleep` blocks."""
+        if name not in self._hits:
+            return None
         with self._lock:
             self._hits[name] += 1
-            if failpoint.nth is not None and self._hits[name] != failpoint.nth:
-                return
-        if failpoint.action == "kill":
+            due = next((point for point in self._by_name[name] if point.is_due(self._hits[name])), None)
+        if due is None or due.action in WIRE_ACTIONS:
+            return due and due.action
+        if due.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if failpoint.action == "raise":
+        if due.action == "raise":
             raise FailpointError(f"failpoint {name}")
-        time.sleep(failpoint.seconds)
+        time.sleep(due.seconds)
+        return None
 
 
-def _parse_entry(entry: str) -> tuple[str, Failpoint]:
+def _parse_entry(entry: str) -> Failpoint:
     match = _ENTRY.fullmatch(entry)
     if match is None:
-        raise ValueError(f"failpoint {entry!r} is not name=sleep(seconds)|raise|kill[@n]")
-    seconds = float(match["seconds"] or 0)
+        raise ValueError(f"failpoint {entry!r} is not name=sleep(SECONDS)|ACTION[@n|@every(n)]")
+    name, action, seconds = match["name"], match["action"] or "sleep", float(match["seconds"] or 0)
+    if action in WIRE_ACTIONS and name not in WIRE_NAMES:
+        raise ValueError(f"failpoint {entry!r}: {action} is for {', '.join(WIRE_NAMES)}")
     if seconds > _MAX_SLEEP_S:
         raise ValueError(f"failpoint {entry!r}: at most {_MAX_SLEEP_S:g} seconds")
-    return match["name"], Failpoint(match["action"] or "sleep", seconds, int(match["nth"]) if match["nth"] else None)
+    return Failpoint(name, action, seconds, int(match["nth"]) if match["nth"] else None, int(match["every"] or 1))

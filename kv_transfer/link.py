@@ -8,8 +8,10 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from isthmus.failpoints import Failpoints
 from isthmus.types import Extent, TransferTarget
 from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, Buffer, FrameHeader, FrameKind, FrameName, is_intact, seal
+from kv_transfer.harm import HarmedWire
 from kv_transfer.messages import decode_credit, encode_credit
 from kv_transfer.outgoing import OutgoingTransfer
 from kv_transfer.sockets import Context, open_dealer
@@ -42,7 +44,7 @@ class InFlight:
 class Link:
     """Used by the sender's thread only. Asks for credit as soon as it exists."""
 
-    def __init__(self, context: Context, sender: bytes, target: TransferTarget):
+    def __init__(self, context: Context, sender: bytes, target: TransferTarget, failpoints: Failpoints):
         """Raises LinkLost for an endpoint that is none, ValueError for ids that are not hex."""
         ends = (bytes.fromhex(target.layout_fingerprint), sender, bytes.fromhex(target.receiver_incarnation))
         self._blank = FrameHeader(FrameKind.CREDIT, *ends)  # what every header on this link has in common
@@ -54,6 +56,7 @@ class Link:
         self.waiting_since: float | None = None  # Clock.now(): an answer or credit is due since then
         self.used_at = 0.0  # Clock.now() of the last transfer's end
         self.socket = open_dealer(context)
+        self._wire = HarmedWire(self.socket, failpoints) if failpoints.harm_the_wire else self.socket
         self.monitor = self.socket.get_monitor_socket(_LOST_EVENTS)
         try:
             if not target.zmq_endpoint.startswith("tcp://"):
@@ -69,7 +72,7 @@ class Link:
         """Commit, abort or a request for credit: these need none. Raises LinkLost."""
         header = self._header(kind, body, target)
         try:
-            self.socket.send_multipart([seal(header, body), body], zmq.NOBLOCK)
+            self._wire.send_multipart([seal(header, body), body], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             raise LinkLost(f"cannot send: {error}") from error
 
@@ -78,8 +81,8 @@ class Link:
         place = {"plane": rows.plane, "layer": rows.layer, "first_token": rows.first_token}
         header = self._header(FrameKind.FILL, body, target, num_tokens=rows.num_tokens, **place)
         try:
-            self.socket.send(seal(header, body), _SEND_MORE)
-            tracker = self.socket.send(body, zmq.NOBLOCK, copy=False, track=True)
+            self._wire.send(seal(header, body), _SEND_MORE)
+            tracker = self._wire.send(body, zmq.NOBLOCK, copy=False, track=True)
         except zmq.ZMQError as error:
             raise LinkLost(f"cannot send: {error}") from error
         assert isinstance(tracker, zmq.MessageTracker), "track=True returns a tracker"
@@ -90,7 +93,7 @@ class Link:
         """What has come, verified. Credit is taken here. Raises LinkLost for what our receiver would not send."""
         while True:
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+                parts = self._wire.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             header, body = self._verified(parts)

@@ -8,19 +8,23 @@ from functools import partial
 from isthmus.admin import ServiceHooks
 from isthmus.config import PrefillConfig
 from isthmus.engine.engine import Engine
+from isthmus.log import get_logger
 from isthmus.serving import Face, Stop, serve_until_signal
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
 from isthmus.worker_context import WorkerContext
 from isthmus.worker_engine import engine_status, open_engine, transfer_memory
+from kv_transfer.courier import SenderOptions
 from kv_transfer.membership import Membership
 from kv_transfer.ownership import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.selftest import round_trip
 from kv_transfer.sender import Sender
 from prefill_service.server import PrefillServer
+from prefill_service.tile_budget import measure_tile_budget
 from prefill_service.worker import PrefillLoop
 
 SERVICE = "isthmus.v1.PrefillService"
+log = get_logger("prefill.app")
 
 
 class PrefillWorker:
@@ -50,9 +54,11 @@ class PrefillWorker:
             store = await stack.enter_async_context(connected(self._open_store, self._config))
             engine = self._engine = await asyncio.to_thread(open_engine, self._config, self._context.health.starting)
             memory = PoolMemory(engine.layout, transfer_memory(engine))
-            sender = self._sender = Sender(self._identity.incarnation, memory, self._context.ledger)
+            options = SenderOptions(failpoints=self._context.failpoints)
+            sender = self._sender = Sender(self._identity.incarnation, memory, self._context.ledger, options=options)
             stack.callback(sender.close)
-            prefill_loop = self._prefill_loop = PrefillLoop(engine, sender, self._context, self._config.tile_budget)
+            tile_budget = self._config.tile_budget or await asyncio.to_thread(self._measure_tile_budget, engine)
+            prefill_loop = self._prefill_loop = PrefillLoop(engine, sender, self._context, tile_budget)
             prefill_loop.start()
             stack.push_async_callback(asyncio.to_thread, prefill_loop.stop)
             await asyncio.to_thread(round_trip, engine.layout)
@@ -60,6 +66,12 @@ class PrefillWorker:
             member = Membership(self._config, self._context, self._status, self._open_store)
             await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))
             yield
+
+    def _measure_tile_budget(self, engine: Engine) -> int:
+        tile_budget = measure_tile_budget(engine)
+        log.info("tile_budget.chosen", tile_budget=tile_budget)
+        self._context.ledger.record("tile_budget.chosen", tile_budget=tile_budget)
+        return tile_budget
 
     def _status(self) -> admin_pb2.GetStatusResponse:
         status = engine_status(self._config.model, self._engine)

@@ -25,7 +25,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0  # cached ones included
     transfer: OutgoingTransfer | None = None
-    first_tile_ns: int = 0
+    first_tile_ns: int = 0  # when the first tile began; 0: not yet
     last_tile_ns: int = 0  # when the last tile ended
 
     @property

@@ -13,7 +13,6 @@ from isthmus.errors import (
     InvalidRequest,
     IsthmusError,
     LayoutMismatch,
-    NotYet,
     StaleOwner,
     WorkersUnavailable,
 )
@@ -46,7 +45,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
         engine_request = request_from_proto(request.request)
         target = target_from_proto(request.target) if request.HasField("target") else None
         prefill_loop = self._admit(engine_request, target)
-        # Bounded by the events of one prompt: one per chunk and three more.
+        # Bounded by the events of one prompt: one per chunk and four more.
         events: asyncio.Queue[Event] = asyncio.Queue()
         sequence = self._sequence(engine_request, target, events)
         num_ahead = prefill_loop.submit(sequence)
@@ -65,9 +64,13 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
             self.num_calls -= 1
 
     async def drain(self, timeout_s: float) -> int:
-        """Refuses new prompts; returns how many are left when all are acknowledged or the time is over."""
+        """Refuses new prompts; returns what is left when every block is acknowledged or the time is over."""
         self._is_draining = True
-        return await until_none_left(lambda: self.num_calls, timeout_s)
+        return await until_none_left(self._num_left, timeout_s)
+
+    def _num_left(self) -> int:
+        """Calls, and blocks that a send still reads: of prompts whose caller has gone, too."""
+        return self.num_calls + (0 if self._engine is None else self._engine.pool.counts().draining)
 
     def _sequence(self, request: Request, target: TransferTarget | None, events: asyncio.Queue[Event]) -> Sequence:
         loop = asyncio.get_running_loop()
@@ -85,8 +88,6 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
             raise WorkersUnavailable("this prefill worker is starting", retry_after_s=0.2)
         if self._is_draining:
             raise Draining("this prefill worker is draining", retry_after_s=0.1)
-        if request.emitted_token_ids:
-            raise NotYet("emitted_token_ids is not served yet")
         num_prompt_tokens = len(request.prompt_token_ids)
         if not 1 <= num_prompt_tokens < engine.context_length:
             raise InvalidRequest.of(

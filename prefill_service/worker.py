@@ -5,6 +5,8 @@ import threading
 import time
 from functools import partial
 
+from torch import Tensor
+
 from isthmus.convert import finish_reason_to_proto, token_to_proto
 from isthmus.engine.block_pool import prefix_hashes
 from isthmus.engine.engine import Engine
@@ -72,7 +74,6 @@ class PrefillLoop:
                 self._context.progress.idle()
                 continue
             self._context.progress.begin_work()
-            self._context.failpoints.hit("prefill.step")
             self._step(chunks)
             self._context.progress.step_done()
         for sequence in self._waiting + self._running:
@@ -93,6 +94,7 @@ class PrefillLoop:
     def _drop_stopped(self) -> None:
         now = self._context.clock.now()
         for sequence in [s for s in self._waiting + self._running if s.must_stop(now)]:
+            self._publish_prompt_blocks(sequence)  # it may come again, for another decode worker
             if sequence.is_cancelled:
                 self._end(sequence, RequestCancelled("cancelled"))
             else:
@@ -124,7 +126,6 @@ class PrefillLoop:
             raise
         sequence.block_table = cached + fresh
         sequence.num_cached_tokens = sequence.num_computed_tokens = len(cached) * pool.block_size
-        sequence.first_tile_ns = time.monotonic_ns()
 
     def _open_transfer(self, sequence: Sequence) -> None:
         if sequence.target is None:
@@ -134,6 +135,7 @@ class PrefillLoop:
 
         def on_done(outcome: TransferOutcome) -> None:
             self._engine.pool.end_drain(blocks)
+            self._context.failpoints.hit("prefill.before_done")
             sequence.emit(Response(done=_done(sequence, outcome)))
 
         try:
@@ -147,7 +149,26 @@ class PrefillLoop:
         send_cached_prefix(sequence, self._engine.layout)
 
     def _step(self, chunks: list[Chunk]) -> None:
-        on_layer = partial(publish_layer, chunks, self._engine.layout, self._context)
+        try:
+            self._context.failpoints.hit("prefill.step")
+            logits = self._compute(chunks)
+            ended = [chunk.sequence for chunk in chunks if chunk.ends_prompt]
+            results = sample(logits, [SamplingInput(sequence.request, ()) for sequence in ended])
+            for sequence, result in zip(ended, results, strict=True):
+                self._finish(sequence, result)
+        except Abandoned:
+            return  # the next turn of the loop ends those that stopped; the others are computed again
+        except Exception as error:
+            log.exception("step_failed", error, num_sequences=len(chunks))
+            for sequence in [chunk.sequence for chunk in chunks if chunk.sequence in self._running]:
+                self._end(sequence, IsthmusError(f"prefill step failed: {type(error).__name__}"))
+
+    def _compute(self, chunks: list[Chunk]) -> Tensor:
+        """Logits of the prompts that end in this step. Raises Abandoned."""
+        begin_ns = time.monotonic_ns()
+        for sequence in [chunk.sequence for chunk in chunks if not chunk.sequence.first_tile_ns]:
+            sequence.first_tile_ns = begin_ns
+            self._report_progress(sequence)
         inputs = [
             PrefillChunk(
                 token_ids=chunk.sequence.request.prompt_token_ids[chunk.start : chunk.start + chunk.num_tokens],
@@ -157,31 +178,29 @@ class PrefillLoop:
             )
             for chunk in chunks
         ]
-        try:
-            logits = self._engine.runner.prefill(inputs, on_layer=on_layer)
-        except Abandoned:
-            return  # the next turn of the loop ends them
-        except Exception as error:
-            log.exception("step_failed", error, num_sequences=len(chunks))
-            for chunk in chunks:
-                self._end(chunk.sequence, IsthmusError(f"prefill step failed: {type(error).__name__}"))
-            return
-        self._account(chunks)
-        ended = [chunk.sequence for chunk in chunks if chunk.ends_prompt]
-        results = sample(logits, [SamplingInput(sequence.request, ()) for sequence in ended])
-        for sequence, result in zip(ended, results, strict=True):
-            self._finish(sequence, result)
+        on_layer = partial(publish_layer, chunks, self._engine.layout, self._context)
+        logits = self._engine.runner.prefill(inputs, on_layer=on_layer)
+        end_ns = time.monotonic_ns()
+        for chunk in chunks:
+            self._account(chunk, begin_ns, end_ns)
+        return logits
 
-    def _account(self, chunks: list[Chunk]) -> None:
-        for sequence, _, num_tokens in chunks:
-            sequence.last_tile_ns = time.monotonic_ns()
-            sequence.num_computed_tokens += num_tokens
-            if sequence.num_computed_tokens < sequence.num_prompt_tokens:
-                progress = prefill_pb2.Progress(num_computed_tokens=sequence.num_computed_tokens)
-                sequence.emit(Response(progress=progress))
+    def _account(self, chunk: Chunk, begin_ns: int, end_ns: int) -> None:
+        sequence, start, num_tokens = chunk
+        sequence.last_tile_ns = end_ns
+        sequence.num_computed_tokens += num_tokens
+        ms, request_id = round((end_ns - begin_ns) / 1e6, 2), sequence.request.request_id
+        self._context.ledger.record("prefill.tile", request_id=request_id, start=start, num_tokens=num_tokens, ms=ms)
+        if not chunk.ends_prompt:
+            self._report_progress(sequence)
+
+    def _report_progress(self, sequence: Sequence) -> None:
+        sequence.emit(Response(progress=prefill_pb2.Progress(num_computed_tokens=sequence.num_computed_tokens)))
 
     def _finish(self, sequence: Sequence, result: Token | NonFiniteLogits) -> None:
         """Token 0 goes straight back; decode gets the commit, or the news that it is not needed."""
+        if sequence.must_stop(self._context.clock.now()):
+            return  # its last rows were not sent; the next turn of the loop ends it
         if isinstance(result, NonFiniteLogits):
             self._end(sequence, result)
             return
@@ -189,10 +208,13 @@ class PrefillLoop:
         first = prefill_pb2.FirstToken(token=token_to_proto(result), num_cached_tokens=sequence.num_cached_tokens)
         if reason is not None:
             first.finish_reason = finish_reason_to_proto(reason)
+        self._context.failpoints.hit("prefill.before_first_token")
         sequence.emit(Response(first_token=first))
         self._context.ledger.record("prefill.first_token", request_id=sequence.request.request_id)
         self._publish_prompt_blocks(sequence)
+        self._context.failpoints.hit("prefill.before_commit")
         if sequence.transfer is None:
+            self._context.failpoints.hit("prefill.before_done")
             sequence.emit(Response(done=prefill_pb2.Done(acked=True, prefill_ms=sequence.prefill_ms)))
         elif reason is None:
             sequence.transfer.commit(result)
@@ -201,7 +223,8 @@ class PrefillLoop:
         self._forget(sequence)
 
     def _publish_prompt_blocks(self, sequence: Sequence) -> None:
-        prompt, pool = sequence.request.prompt_token_ids, self._engine.pool
+        """What is computed is kept, by content, for as long as nothing newer needs the room."""
+        prompt, pool = sequence.request.prompt_token_ids[: sequence.num_computed_tokens], self._engine.pool
         hashes = prefix_hashes(prompt, pool.block_size, self._engine.layout.fingerprint)
         for block_id, block_hash in zip(sequence.block_table, hashes, strict=False):
             pool.publish(block_id, block_hash)

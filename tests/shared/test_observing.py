@@ -1,12 +1,9 @@
-"""Failpoints, logs, progress and metrics."""
+"""Logs, progress and metrics."""
 
 import io
 import json
 
-import pytest
-
 from isthmus import log
-from isthmus.failpoints import FailpointError, Failpoints
 from isthmus.health import HealthState, ProgressWatch, ServiceState
 from isthmus.metrics import Metrics
 
@@ -17,26 +14,6 @@ class StoppedClock:
 
     def now(self) -> float:
         return self.time
-
-
-def test_failpoint_acts_on_its_hit_only():
-    points = Failpoints.parse("a=raise@2; b=raise")
-    points.hit("a")
-    points.hit("other")
-    with pytest.raises(FailpointError):
-        points.hit("a")
-    points.hit("a")
-    for _ in range(2):
-        with pytest.raises(FailpointError):
-            points.hit("b")
-
-
-@pytest.mark.parametrize(
-    "spec", ["a", "a=sleep", "a=sleep(x)", "a=raise(1)", "a=kill@0", "a=sleep(601)", "a=raise b=kill"]
-)
-def test_bad_failpoint_is_named(spec: str):
-    with pytest.raises(ValueError, match="failpoint"):
-        Failpoints.parse(spec)
 
 
 def test_log_line_is_one_json_object_and_fields_do_not_replace_its_own():
