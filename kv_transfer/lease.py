@@ -1,30 +1,39 @@
-"""Keeps a worker's lease alive from a thread and an event loop of its own: a busy step loop never looks dead."""
+"""Keeps a worker's lease alive from a thread and an event loop of its own: a busy step loop never looks dead.
+
+Each renewal says what the store held until then. Anything but what was written last means that the store was flushed,
+rolled back or overwritten: the worker publishes again.
+"""
 
 import asyncio
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from isthmus.errors import IsthmusError
+from isthmus.failpoints import Failpoints
 from kv_transfer.counters import Counters
-from kv_transfer.ownership import BlockSnapshot, OwnershipStore, WorkerRecord
+from kv_transfer.ownership import BlockSnapshot, OwnershipStore, Renewed, WorkerRecord
 
 _STOP_TIMEOUT_S = 2.0
 
 
 @dataclass(eq=False, slots=True)
 class LeaseKeeper:
-    """`record` (and `blocks`) are called from the keeper's thread and must be quick. Redis may be down at any time."""
+    """`record`, `blocks` and `on_lost` are called from the keeper's thread and must be quick. Redis may be down at any
+    time. `on_lost`: the store lost or changed what this worker had written; it may be called without need.
+    """
 
     store_factory: Callable[[], OwnershipStore]
     record: Callable[[], WorkerRecord]
     heartbeat_s: float
     ttl_s: float
     blocks: Callable[[], BlockSnapshot] | None = None
+    on_lost: Callable[[], None] = lambda: None
+    failpoints: Failpoints = field(default_factory=Failpoints)
     counters: Counters = field(default_factory=Counters, init=False)
     last_ok: float | None = field(default=None, init=False)  # time.monotonic() of the last renewal Redis confirmed
-    _published: int | None = field(default=None, init=False)
+    _written: Renewed | None = field(default=None, init=False)  # what the next renewal should find
     _is_stopping: bool = field(default=False, init=False)
     _woken: threading.Event = field(default_factory=threading.Event, init=False)
     _thread: threading.Thread = field(init=False)
@@ -52,26 +61,26 @@ class LeaseKeeper:
             try:
                 async with asyncio.timeout(self.ttl_s):
                     await self._beat(store)
-            except (IsthmusError, TimeoutError):
+            except Exception:  # noqa: BLE001 - the thread's root: a worker must not lose its lease by one bad beat
                 self.counters.add("lease.failed")
-                self._published = None  # a store that comes back may have lost the snapshot
             self._woken.wait(self.heartbeat_s)  # holds this thread's own loop, where nothing else runs
             self._woken.clear()
         await self._give_up(store)
 
     async def _beat(self, store: OwnershipStore) -> None:
-        record = self.record()
-        await store.put_worker(record, self.ttl_s)
+        self.failpoints.hit("lease.beat")
+        written = self._written
+        record = replace(self.record(), renewal=self.counters["lease.renewed"])
+        found = await store.put_worker(record, self.ttl_s)
         self.counters.add("lease.renewed")
         self.last_ok = time.monotonic()
-        await self._publish(store, record.incarnation)
-
-    async def _publish(self, store: OwnershipStore, incarnation: str) -> None:
-        """The snapshot goes out when its sequence has moved; the lease keeps it alive in between."""
-        if self.blocks is None or (snapshot := self.blocks()).sequence == self._published:
-            return
-        await store.blocks.publish(incarnation, snapshot, self.ttl_s)
-        self._published = snapshot.sequence
+        self._written = Renewed(record, found.blocks)
+        if written is not None and found != written:
+            self.counters.add("lease.store_lost")
+            self.on_lost()
+        if self.blocks is not None and (snapshot := self.blocks()).stamp != found.blocks:
+            await store.blocks.publish(record.incarnation, snapshot, self.ttl_s)
+            self._written = Renewed(record, snapshot.stamp)
 
     async def _give_up(self, store: OwnershipStore) -> None:
         try:

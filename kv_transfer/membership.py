@@ -63,12 +63,17 @@ def find_conflict(layout: KvLayout, incarnation: str, others: Sequence[WorkerRec
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """Registers a worker while `join` is entered; `status` is its own part of GetStatus, asked by any thread."""
+    """Registers a worker while `join` is entered; `status` is its own part of GetStatus, asked by any thread.
+
+    `on_store_lost` is called by the lease's thread when Redis lost or changed what this worker wrote: whatever else is
+    its own there (handoffs, stream hints) is to be reported again.
+    """
 
     config: WorkerConfig
     context: WorkerContext
     status: Status
     open_store: OpenStore
+    on_store_lost: Callable[[], None] = lambda: None
 
     @contextlib.asynccontextmanager
     async def join(self, store: OwnershipStore, layout: KvLayout, published: Published) -> AsyncIterator[None]:
@@ -79,6 +84,8 @@ class Membership:
             heartbeat_s=self.config.heartbeat_s,
             ttl_s=self.config.lease_s,
             blocks=lambda: _snapshot(*published()),
+            on_lost=self._note_loss,
+            failpoints=self.context.failpoints,
         )
         keeper.start()
         waiting = asyncio.create_task(self._serve_when_layouts_agree(store, layout, keeper), name="membership")
@@ -102,6 +109,11 @@ class Membership:
                     log.info("membership.waiting", reason=reason)
                 self.context.health.not_ready(reason)
             await asyncio.sleep(REGISTER_POLL_S)
+
+    def _note_loss(self) -> None:
+        log.warning("membership.store_lost")
+        self.context.ledger.record("store.lost")
+        self.on_store_lost()
 
     def _record(self, layout: KvLayout) -> WorkerRecord:
         status, health, identity = self.status(), self.context.health.snapshot(), self.context.identity

@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from isthmus.log import get_logger
 from kv_transfer.counters import Counters
-from kv_transfer.ownership import OwnershipStore, StoreUnavailable, TransitionResult
+from kv_transfer.ownership import OwnershipStore, StoreRefused, StoreUnavailable, TransitionResult
 
 _RETRY_S = 0.2
+log = get_logger("mirror")
 
 Change = Callable[[OwnershipStore], Awaitable[object]]
 
@@ -17,8 +19,9 @@ Change = Callable[[OwnershipStore], Awaitable[object]]
 class HandoffMirror:
     """Any thread may report; `run` is a task of the loop that owns the store and applies in order.
 
-    A change is tried again while Redis is away. At the bound the oldest is dropped. Refusals, unknown ids and drops are
-    counted: they are alarms, and change nothing in the worker.
+    A change is tried again while Redis is away, and only then: one that fails otherwise must not hold up the others. At
+    the bound the oldest is dropped. Refusals, unknown ids, failures and drops are counted: they are alarms, and change
+    nothing in the worker.
     """
 
     def __init__(self, store: OwnershipStore, *, max_changes: int = 4096):
@@ -68,9 +71,13 @@ class HandoffMirror:
     async def _apply(self, change: Change) -> bool:
         try:
             result = await change(self._store)
-        except StoreUnavailable:
-            self.counters.add("mirror.unavailable")
-            return False
+        except Exception as error:  # noqa: BLE001 - the task's root: what follows must still be written
+            if isinstance(error, StoreUnavailable) and not isinstance(error, StoreRefused):
+                self.counters.add("mirror.unavailable")
+                return False
+            self.counters.add("mirror.failed")
+            log.warning("mirror.failed", cause=repr(error))
+            result = None
         if isinstance(result, TransitionResult) and result is not TransitionResult.APPLIED:
             self.counters.add(f"mirror.{result.name.lower()}")
         with self._lock:

@@ -19,12 +19,19 @@ from kv_transfer.handoff import HandoffState
 
 BLOCK_HASH_BYTES = 16
 MAX_BLOCK_HASHES = 65_536  # of one worker's snapshot: 1 MiB
+SEQUENCE_BYTES = 8  # ahead of the hashes
 
 
 class StoreUnavailable(IsthmusError):
     """The store did not answer in time; nothing is known about whether the change was made."""
 
     grpc_status, reason, http_status = "UNAVAILABLE", "STORE_UNAVAILABLE", 503
+
+
+class StoreRefused(StoreUnavailable):
+    """The store answered that it cannot do this, e.g. with what a stranger wrote under the key. No use to try again."""
+
+    reason = "STORE_REFUSED"
 
 
 class TransitionResult(Enum):
@@ -61,6 +68,7 @@ class WorkerRecord:
     serving: bool
     state: str  # as in GetStatus: starting | idle | stepping | stalled | draining | not_ready
     seconds_since_progress: float
+    renewal: int = 0  # of the lease; tells what was written last from what was written before
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +94,32 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class BlockSnapshot:
-    """Every full prompt block a worker can serve from its cache. A higher sequence replaces a lower one."""
+    """Every full prompt block a worker can serve from its cache."""
 
-    sequence: int
+    sequence: int  # grows with every change
     hashes: Sequence[bytes] = field(default=())  # BLOCK_HASH_BYTES each
+
+    @property
+    def stamp(self) -> "Stamp":
+        return self.sequence, SEQUENCE_BYTES + BLOCK_HASH_BYTES * len(self.hashes)
+
+
+Stamp = tuple[int, int]  # a stored snapshot's sequence and bytes, which tell it from others; zeros: none is stored
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """What the store held of a worker until this renewal. Other than what was written last: it lost or changed data."""
+
+    record: WorkerRecord | None  # None: nothing, or nothing that makes sense
+    blocks: Stamp
 
 
 class BlockIndex(Protocol):
     """What each worker's cache holds."""
 
-    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
-        """False if the store has a snapshot of the same or a higher sequence."""
+    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> None:
+        """Replaces whatever is there: only the worker itself writes its snapshot."""
         ...
 
     async def find(self, incarnation: str) -> BlockSnapshot | None: ...
@@ -115,7 +138,11 @@ class StreamHints(Protocol):
 
 
 class OwnershipStore(Protocol):
-    """Every call is bounded in time and raises StoreUnavailable; values that make no sense are skipped and counted."""
+    """Every call is bounded in time and raises StoreUnavailable; values that make no sense are skipped and counted.
+
+    An owner repairs what it owns by saying it again: put_worker, blocks.publish, begin_handoff and streams.put replace
+    values of any type, and may be repeated at will.
+    """
 
     counters: Counters
 
@@ -125,8 +152,8 @@ class OwnershipStore(Protocol):
     @property
     def streams(self) -> StreamHints: ...
 
-    async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
-        """Takes or renews the lease, and with it the life of the worker's block snapshot."""
+    async def put_worker(self, record: WorkerRecord, ttl_s: float) -> Renewed:
+        """Takes or renews the lease, and with it the life of the worker's block snapshot. Returns what was there."""
         ...
 
     async def drop_worker(self, incarnation: str) -> None: ...
@@ -134,7 +161,10 @@ class OwnershipStore(Protocol):
     async def list_workers(self) -> list[WorkerRecord]: ...
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
-        """REFUSED if the id is known with other owners, state or attempt."""
+        """Records the handoff as its decode worker says it is, in any state: a new one, or one to assert again.
+
+        REFUSED if a record of another decode worker or of a higher attempt is there.
+        """
         ...
 
     async def advance_handoff(self, transition: Transition) -> TransitionResult:

@@ -5,23 +5,27 @@
     handoff:{transfer}    hash: state, request_id, decode, prefill, attempt, ttl_ms; deleted by a final state
     stream:{request}      string, incarnation of the decode worker that holds it
 
-A block snapshot is one versioned value, replaced whole: at most 1 MiB, a higher sequence wins, no deltas to lose. Every
-atomic change is one Lua file in `lua/`. No call waits longer than `timeout_s`.
+A block snapshot is one versioned value, replaced whole: at most 1 MiB, no deltas to lose. Every atomic change is one
+Lua file in `lua/`. No command waits longer than `timeout_s`, which a server that is 500 ms away can keep.
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from kv_transfer.counters import Counters
 from kv_transfer.handoff import TRANSITIONS
 from kv_transfer.ownership import (
+    SEQUENCE_BYTES,
     BlockSnapshot,
     HandoffRecord,
+    Renewed,
+    StoreRefused,
     StoreUnavailable,
     Transition,
     TransitionResult,
@@ -30,7 +34,9 @@ from kv_transfer.ownership import (
 from kv_transfer.records import (
     decode_blocks,
     decode_handoff,
+    decode_stamp,
     decode_stream,
+    decode_worker,
     encode_blocks,
     encode_worker,
     read_record,
@@ -38,9 +44,11 @@ from kv_transfer.records import (
 )
 
 Answer = TypeVar("Answer")
+Raw = TypeVar("Raw")
 
 _MAX_CONNECTIONS = 8
 _MAX_WORKERS = 4096  # leases read at most; a hostile writer cannot make a listing endless
+_SCAN_KEYS = 10_000  # looked at in one round trip
 _LUA = Path(__file__).with_name("lua")
 _TRANSITION_TABLE = " " + " ".join(f"{a.value}>{b.value}" for a, after in TRANSITIONS.items() for b in after) + " "
 
@@ -61,6 +69,7 @@ class _Connection:
                 timeout=timeout_s,  # for a free connection
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
+                protocol=2,  # the handshake of 3 costs two round trips more
             )
         )
 
@@ -79,8 +88,20 @@ class _Connection:
             self.counters.add("unavailable")
             raise StoreUnavailable(f"no answer from Redis within {self._timeout_s} s") from error
         except (RedisError, OSError) as error:
+            if type(error) is ResponseError:  # its subclasses are the server's troubles: read-only, out of memory
+                self.counters.add("refused")
+                raise StoreRefused(f"Redis: {error}"[:200]) from error
             self.counters.add("unavailable")
             raise StoreUnavailable(f"Redis: {type(error).__name__}") from error
+
+    async def read(self, kind: str, decode: Callable[[Raw], Answer], command: Awaitable[Raw | None]) -> Answer | None:
+        """None for no value, and for one of a type or content that makes no sense, which is counted."""
+        try:
+            raw = await self.run(command)
+        except StoreRefused:
+            self.counters.add(f"bad_record.{kind}")
+            return None
+        return read_record(kind, decode, raw or None, self.counters)
 
     async def close(self) -> None:
         """Commands left by cancelled callers end first, within their own bound."""
@@ -99,15 +120,14 @@ class RedisBlocks:
 
     def __init__(self, connection: _Connection):
         self._connection = connection
-        self._publish = connection.script("publish_blocks")
 
-    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
-        arguments = [encode_blocks(snapshot), _milliseconds(ttl_s)]
-        return bool(await self._connection.run(self._publish(keys=[f"blocks:{incarnation}"], args=arguments)))
+    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> None:
+        name, value = f"blocks:{incarnation}", encode_blocks(snapshot)
+        await self._connection.run(self._connection.client.set(name, value, px=_milliseconds(ttl_s)))
 
     async def find(self, incarnation: str) -> BlockSnapshot | None:
-        raw: bytes | None = await self._connection.run(self._connection.client.get(f"blocks:{incarnation}"))
-        return read_record("blocks", decode_blocks, raw, self._connection.counters)
+        command = self._connection.client.get(f"blocks:{incarnation}")
+        return await self._connection.read("blocks", decode_blocks, command)
 
 
 class RedisStreams:
@@ -125,14 +145,14 @@ class RedisStreams:
         return bool(await self._connection.run(self._drop(keys=[f"stream:{request_id}"], args=[decode])))
 
     async def find(self, request_id: str) -> str | None:
-        raw: bytes | None = await self._connection.run(self._connection.client.get(f"stream:{request_id}"))
-        return read_record("stream", decode_stream, raw, self._connection.counters)
+        command = self._connection.client.get(f"stream:{request_id}")
+        return await self._connection.read("stream", decode_stream, command)
 
 
 class RedisOwnership:
     """One event loop. Connects at the first command."""
 
-    def __init__(self, url: str, *, timeout_s: float = 1.0):
+    def __init__(self, url: str, *, timeout_s: float = 1.5):
         self._connection = _Connection(url, timeout_s)
         self.counters = self._connection.counters
         self.blocks = RedisBlocks(self._connection)
@@ -140,21 +160,31 @@ class RedisOwnership:
         self._begin_handoff = self._connection.script("begin_handoff")
         self._advance_handoff = self._connection.script("advance_handoff")
 
-    async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
-        async def put() -> None:
-            async with self._connection.client.pipeline(transaction=False) as pipe:
-                pipe.set(f"w:{record.incarnation}", encode_worker(record), px=_milliseconds(ttl_s))
-                pipe.pexpire(f"blocks:{record.incarnation}", _milliseconds(ttl_s))
-                await pipe.execute()
+    async def put_worker(self, record: WorkerRecord, ttl_s: float) -> Renewed:
+        lease, blocks, ttl_ms = f"w:{record.incarnation}", f"blocks:{record.incarnation}", _milliseconds(ttl_s)
 
-        await self._connection.run(put())
+        async def put() -> list[Any]:
+            async with self._connection.client.pipeline(transaction=False) as pipe:
+                pipe.get(lease).getrange(blocks, 0, SEQUENCE_BYTES - 1).strlen(blocks)
+                pipe.pexpire(blocks, ttl_ms).set(lease, encode_worker(record), px=ttl_ms)
+                *found, written = await pipe.execute(raise_on_error=False)
+            if isinstance(written, Exception):
+                raise written
+            return [None if isinstance(reply, Exception) else reply for reply in found]  # a key of another type
+
+        known, head, num_bytes, _ = await self._connection.run(put())
+        decode = partial(decode_worker, incarnation=record.incarnation)
+        return Renewed(read_record("worker", decode, known, self.counters), decode_stamp(head or b"", num_bytes or 0))
 
     async def drop_worker(self, incarnation: str) -> None:
         await self._connection.run(self._connection.client.delete(f"w:{incarnation}", f"blocks:{incarnation}"))
 
     async def list_workers(self) -> list[WorkerRecord]:
-        raw = await self._connection.run(self._read_workers())
-        return read_workers(raw.items(), self.counters)
+        names = await self._connection.run(self._scan_workers())
+        values = await self._connection.run(self._connection.client.mget(names)) if names else []
+        found = zip(names, values, strict=True)
+        raw = ((name.decode(errors="replace")[2:], value) for name, value in found if value is not None)
+        return read_workers(raw, self.counters)
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
         owners = [record.state.value, record.request_id, record.decode, record.prefill or ""]
@@ -175,9 +205,8 @@ class RedisOwnership:
         return TransitionResult(await self._connection.run(command))
 
     async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
-        command = self._connection.client.hgetall(f"handoff:{transfer_id}")
-        raw: dict[bytes, bytes] = await self._connection.run(command)
-        return read_record("handoff", lambda fields: decode_handoff(fields, transfer_id), raw or None, self.counters)
+        command: Awaitable[dict[bytes, bytes]] = self._connection.client.hgetall(f"handoff:{transfer_id}")
+        return await self._connection.read("handoff", lambda fields: decode_handoff(fields, transfer_id), command)
 
     async def ping(self) -> None:
         await self._connection.run(self._connection.client.ping())
@@ -185,15 +214,13 @@ class RedisOwnership:
     async def close(self) -> None:
         await self._connection.close()
 
-    async def _read_workers(self) -> dict[str, bytes]:
-        names: list[bytes] = []
-        async for name in self._connection.client.scan_iter(match="w:*", count=256):
-            names.append(name)
+    async def _scan_workers(self) -> list[bytes]:
+        names: dict[bytes, None] = {}  # a scan may name a key twice
+        async for name in self._connection.client.scan_iter(match="w:*", count=_SCAN_KEYS):
+            names[name] = None
             if len(names) == _MAX_WORKERS:
                 break
-        values = await self._connection.client.mget(names) if names else []
-        found = zip(names, values, strict=True)
-        return {name.decode(errors="replace")[2:]: value for name, value in found if value is not None}
+        return list(names)
 
 
 def _milliseconds(ttl_s: float) -> int:

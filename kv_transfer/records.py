@@ -11,7 +11,15 @@ from pydantic import TypeAdapter, ValidationError
 from isthmus.kv_layout import DTYPE_BYTES
 from kv_transfer.counters import Counters
 from kv_transfer.handoff import HandoffState
-from kv_transfer.ownership import BLOCK_HASH_BYTES, MAX_BLOCK_HASHES, BlockSnapshot, HandoffRecord, WorkerRecord
+from kv_transfer.ownership import (
+    BLOCK_HASH_BYTES,
+    MAX_BLOCK_HASHES,
+    SEQUENCE_BYTES,
+    BlockSnapshot,
+    HandoffRecord,
+    Stamp,
+    WorkerRecord,
+)
 
 MAX_RECORD_BYTES = 64 * 2**10
 _SEQUENCE = struct.Struct("<Q")
@@ -76,6 +84,11 @@ def decode_blocks(raw: bytes) -> BlockSnapshot:
         raise BadRecord("not a sequence and whole hashes")
     places = range(_SEQUENCE.size, len(raw), BLOCK_HASH_BYTES)
     return BlockSnapshot(_SEQUENCE.unpack_from(raw)[0], tuple(raw[at : at + BLOCK_HASH_BYTES] for at in places))
+
+
+def decode_stamp(head: bytes, num_bytes: int) -> Stamp:
+    """Of a stored snapshot, from its first SEQUENCE_BYTES and its length."""
+    return int.from_bytes(head[:SEQUENCE_BYTES], "little"), num_bytes
 
 
 def decode_handoff(raw: dict[bytes, bytes], transfer_id: str) -> HandoffRecord:

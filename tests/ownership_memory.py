@@ -1,13 +1,22 @@
 """The in-memory twin of the Redis store: the same answers within one process."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 from isthmus.clock import Clock, SystemClock
 from kv_transfer.counters import Counters
 from kv_transfer.handoff import is_allowed
-from kv_transfer.ownership import BlockSnapshot, HandoffRecord, Transition, TransitionResult, WorkerRecord
-from kv_transfer.records import decode_blocks, encode_blocks, encode_worker, read_record, read_workers
+from kv_transfer.ownership import BlockSnapshot, HandoffRecord, Renewed, Transition, TransitionResult, WorkerRecord
+from kv_transfer.records import (
+    decode_blocks,
+    decode_stamp,
+    decode_worker,
+    encode_blocks,
+    encode_worker,
+    read_record,
+    read_workers,
+)
 
 Value = TypeVar("Value")
 
@@ -54,13 +63,8 @@ class MemoryBlocks:
         self.raw: Expiring[bytes] = Expiring(clock)
         self._counters = counters
 
-    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> bool:
-        raw = encode_blocks(snapshot)
-        known = await self.find(incarnation)
-        if known is not None and known.sequence >= snapshot.sequence:
-            return False
-        self.raw.put(incarnation, raw, ttl_s)
-        return True
+    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> None:
+        self.raw.put(incarnation, encode_blocks(snapshot), ttl_s)
 
     async def find(self, incarnation: str) -> BlockSnapshot | None:
         return read_record("blocks", decode_blocks, self.raw.get(incarnation), self._counters)
@@ -96,9 +100,13 @@ class MemoryOwnership:
         self.streams = MemoryStreams(clock)
         self._handoffs: Expiring[HandoffRecord] = Expiring(clock)
 
-    async def put_worker(self, record: WorkerRecord, ttl_s: float) -> None:
-        self.workers.put(record.incarnation, encode_worker(record), ttl_s)
-        self.blocks.raw.renew(record.incarnation, ttl_s)
+    async def put_worker(self, record: WorkerRecord, ttl_s: float) -> Renewed:
+        name = record.incarnation
+        known, blocks = self.workers.get(name), self.blocks.raw.get(name) or b""
+        self.workers.put(name, encode_worker(record), ttl_s)
+        self.blocks.raw.renew(name, ttl_s)
+        decode = partial(decode_worker, incarnation=name)
+        return Renewed(read_record("worker", decode, known, self.counters), decode_stamp(blocks, len(blocks)))
 
     async def drop_worker(self, incarnation: str) -> None:
         self.workers.drop(incarnation)
@@ -109,9 +117,9 @@ class MemoryOwnership:
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
         known = self._handoffs.get(record.transfer_id)
-        if known is not None and replace(known, prefill=record.prefill) != record:
+        if known is not None and (known.decode != record.decode or known.attempt > record.attempt):
             return TransitionResult.REFUSED
-        self._handoffs.put(record.transfer_id, known or record, ttl_s)
+        self._handoffs.put(record.transfer_id, record, ttl_s)
         return TransitionResult.APPLIED
 
     async def advance_handoff(self, transition: Transition) -> TransitionResult:

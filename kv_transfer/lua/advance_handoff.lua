@@ -1,5 +1,5 @@
 -- One transition of a handoff. Idempotent for one attempt; a final state deletes the record.
--- KEYS[1]  handoff:{transfer id}  hash: state, request_id, decode, prefill, attempt, ttl_ms
+-- KEYS[1]  handoff:{transfer id}  hash: state, request_id, decode, prefill, attempt, ttl_ms; another type goes
 -- ARGV[1]  from           state the caller saw
 -- ARGV[2]  to             state it wants; equal to `from` for a rearm, which raises the attempt only
 -- ARGV[3]  attempt        integer; a lower one than the record's is refused
@@ -7,6 +7,9 @@
 -- ARGV[5]  transitions    the table of kv_transfer/handoff.py as " FROM>TO FROM>TO ", spaces at both ends
 -- ARGV[6]  final          1 if `to` is final
 -- Returns  1 applied, 0 refused, 2 unknown id
+if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then
+  redis.call('DEL', KEYS[1])
+end
 local known = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'ttl_ms')
 local state, attempt, ttl_ms = known[1], tonumber(known[2]), tonumber(known[3])
 if not state then

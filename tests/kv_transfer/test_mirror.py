@@ -8,7 +8,14 @@ import pytest
 
 from kv_transfer.handoff import HandoffState
 from kv_transfer.mirror import HandoffMirror
-from kv_transfer.ownership import HandoffRecord, StoreUnavailable, Transition, TransitionResult
+from kv_transfer.ownership import (
+    HandoffRecord,
+    OwnershipStore,
+    StoreRefused,
+    StoreUnavailable,
+    Transition,
+    TransitionResult,
+)
 from tests.kv_transfer.test_ownership import D1, P1
 from tests.ownership_memory import MemoryOwnership
 
@@ -106,3 +113,17 @@ async def test_refusals_and_unknown_ids_are_counted_alarms(mirror: HandoffMirror
     advance(mirror, Transition("never", RESERVED, FILLING, 1))
     assert await mirror.flush(5)
     assert mirror.counters == {"mirror.refused": 1, "mirror.unknown": 1}
+
+
+async def test_a_change_that_fails_otherwise_is_dropped_and_counted(
+    mirror: HandoffMirror, store: FlakyOwnership
+) -> None:
+    async def refused(_: OwnershipStore) -> None:
+        raise StoreRefused("garbage")
+
+    mirror.report(refused)
+    mirror.report(lambda store: store.begin_handoff(HandoffRecord("late", "r", D1), ttl_s=1 / 0))
+    begin(mirror, "t")
+    assert await mirror.flush(5)
+    assert await store.find_handoff("t") is not None
+    assert mirror.counters == {"mirror.failed": 2}

@@ -14,6 +14,7 @@ from kv_transfer.ownership import (
     BlockSnapshot,
     HandoffRecord,
     OwnershipStore,
+    Renewed,
     StoreUnavailable,
     Transition,
     TransitionResult,
@@ -104,7 +105,7 @@ async def test_a_worker_is_listed_as_it_registered(store: OwnershipStore) -> Non
 
 async def test_a_lease_ends_with_its_blocks_unless_renewed(store: OwnershipStore) -> None:
     await store.put_worker(WORKER, 0.2)
-    assert await store.blocks.publish(D1, BlockSnapshot(1, (b"h" * 16,)), 0.2)
+    await store.blocks.publish(D1, BlockSnapshot(1, (b"h" * 16,)), 0.2)
 
     async def renewed_then_gone() -> bool:
         return await store.list_workers() == [] and await store.blocks.find(D1) is None
@@ -117,18 +118,32 @@ async def test_a_lease_ends_with_its_blocks_unless_renewed(store: OwnershipStore
     await until(renewed_then_gone)
 
 
-async def test_a_block_snapshot_is_replaced_by_a_newer_one_only(store: OwnershipStore) -> None:
+async def test_a_block_snapshot_is_what_its_worker_published_last(store: OwnershipStore) -> None:
     hashes = tuple(bytes([number]) * 16 for number in range(200))
     assert await store.blocks.find(D1) is None
-    assert await store.blocks.publish(D1, BlockSnapshot(5, hashes), 60)
-    assert not await store.blocks.publish(D1, BlockSnapshot(5, ()), 60)
-    assert not await store.blocks.publish(D1, BlockSnapshot(4, ()), 60)
-    assert await store.blocks.find(D1) == BlockSnapshot(5, hashes)
-    assert await store.blocks.publish(D1, BlockSnapshot(2**40, hashes[:1]), 60)
-    assert not await store.blocks.publish(D1, BlockSnapshot(2**40 - 1, ()), 60)
-    assert await store.blocks.find(D1) == BlockSnapshot(2**40, hashes[:1])
+    for snapshot in (BlockSnapshot(2**40, hashes), BlockSnapshot(5, hashes[:1]), BlockSnapshot(6, ())):
+        await store.blocks.publish(D1, snapshot, 60)
+        assert await store.blocks.find(D1) == snapshot
     with pytest.raises(ValueError, match="hashes"):
         await store.blocks.publish(D1, BlockSnapshot(9, (b"short",)), 60)
+
+
+async def test_a_renewal_tells_what_the_store_held_until_then(
+    store: OwnershipStore, plant: Callable[[str, str, bytes], None]
+) -> None:
+    first, second = replace(WORKER, renewal=1), replace(WORKER, renewal=2, seconds_since_progress=0.1 + 0.2)
+    snapshots = [BlockSnapshot(2**40, (b"h" * 16,) * 3), BlockSnapshot(7, ())]
+    assert await store.put_worker(first, 60) == Renewed(None, (0, 0))
+    await store.blocks.publish(D1, snapshots[0], 60)
+    assert await store.put_worker(second, 60) == Renewed(first, snapshots[0].stamp)
+    await store.blocks.publish(D1, snapshots[1], 60)
+    assert await store.put_worker(first, 60) == Renewed(second, snapshots[1].stamp)
+    plant("w", D1, b"{}")
+    plant("blocks", D1, b"1234567")
+    found = await store.put_worker(second, 60)
+    assert found.record is None
+    assert found.blocks not in {snapshot.stamp for snapshot in snapshots}
+    assert await store.list_workers() == [second]
 
 
 async def test_a_handoff_runs_its_course_and_leaves_nothing(store: OwnershipStore) -> None:
@@ -179,13 +194,27 @@ async def test_attempts_fence_and_a_rearm_raises_them(store: OwnershipStore) -> 
 
 
 async def test_beginning_and_stepping_twice_is_one(store: OwnershipStore) -> None:
-    assert await store.begin_handoff(HANDOFF, 60) is APPLIED
-    assert await store.begin_handoff(HANDOFF, 60) is APPLIED
+    for _ in range(2):
+        assert await store.begin_handoff(HANDOFF, 60) is APPLIED
+    for _ in range(2):
+        assert await store.advance_handoff(step(RESERVED, FILLING)) is APPLIED
     assert await store.begin_handoff(replace(HANDOFF, decode=D2), 60) is REFUSED
-    assert await store.begin_handoff(replace(HANDOFF, attempt=2), 60) is REFUSED
-    assert await store.advance_handoff(step(RESERVED, FILLING)) is APPLIED
-    assert await store.advance_handoff(step(RESERVED, FILLING)) is APPLIED
-    assert await store.begin_handoff(HANDOFF, 60) is REFUSED
+    assert await store.find_handoff(HANDOFF.transfer_id) == replace(HANDOFF, state=FILLING)
+
+
+@pytest.mark.parametrize("known", [None, RESERVED, FILLING, CLAIMED])
+@pytest.mark.parametrize("said", [RESERVED, FILLING, CLAIMED])
+async def test_an_owner_asserts_its_handoff_again_whatever_the_store_has_made_of_it(
+    store: OwnershipStore, known: HandoffState | None, said: HandoffState
+) -> None:
+    if known is not None:
+        await store.begin_handoff(replace(HANDOFF, state=known, prefill=P1), 60)
+    record = replace(HANDOFF, state=said, prefill=D2, attempt=2)
+    for _ in range(2):
+        assert await store.begin_handoff(record, 60) is APPLIED
+        assert await store.find_handoff(HANDOFF.transfer_id) == record
+    assert await store.begin_handoff(replace(record, attempt=1), 60) is REFUSED
+    assert await store.find_handoff(HANDOFF.transfer_id) == record
 
 
 async def test_a_handoff_ends_with_its_time_and_a_step_renews_it(store: OwnershipStore) -> None:
@@ -263,9 +292,9 @@ async def test_garbage_under_a_handoff_key_is_refused_not_followed(redis_store: 
     assert await store.advance_handoff(step(FILLING, CLAIMED)) is REFUSED
     assert await store.find_handoff(HANDOFF.transfer_id) is None
     assert await store.streams.find("request") is None
-    with pytest.raises(StoreUnavailable):
-        await store.advance_handoff(Transition("text", FILLING, CLAIMED, 1))
-    assert store.counters["bad_record.handoff"] == store.counters["bad_record.stream"] == 1
+    assert await store.find_handoff("text") is None
+    assert await store.advance_handoff(Transition("text", FILLING, CLAIMED, 1)) is UNKNOWN
+    assert (store.counters["bad_record.handoff"], store.counters["bad_record.stream"]) == (2, 1)
 
 
 async def test_cancelled_callers_never_get_one_another_s_answers(redis_store: RedisOwnership) -> None:
