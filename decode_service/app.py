@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import TypeVar
 
-from decode_service.ownership_report import OwnershipReport
+from decode_service.attachment import Attachments
+from decode_service.moving import Mover
+from decode_service.ownership_report import REFRESH_S, OwnershipReport
 from decode_service.server import DecodeServer
+from decode_service.stream import Emission
 from decode_service.streams import Streams
 from decode_service.worker import StepLoop
 from isthmus.admin import ServiceHooks
@@ -25,9 +28,10 @@ from kv_transfer.ownership import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver
 from kv_transfer.selftest import round_trip
+from kv_transfer.sender import Sender
 
 SERVICE = "isthmus.v1.DecodeService"
-_T = TypeVar("_T")
+_SWEEP_S = 0.1
 
 
 class DecodeWorker:
@@ -41,6 +45,7 @@ class DecodeWorker:
         self._server = DecodeServer(self._identity)
         self._engine: Engine | None = None
         self._streams: Streams | None = None
+        self._attachments: Attachments | None = None
         self._counters: list[Counters] = []
 
     async def run(self) -> None:
@@ -59,37 +64,29 @@ class DecodeWorker:
             memory = PoolMemory(engine.layout, transfer_memory(engine))
             mirror = await stack.enter_async_context(running(HandoffMirror(store)))
             report = OwnershipReport(mirror, self._identity.incarnation)
-            loop = asyncio.get_running_loop()
-            receiver = self._open_receiver(memory, report, loop)
+            post = _Post(stop)
+            receiver = self._open_receiver(memory, report, post)
             stack.callback(receiver.close)
-            self._counters = [receiver.counters, mirror.counters]
-            step_loop = StepLoop(
-                engine,
-                self._config.max_batch,
-                self._context,
-                on_step=_in_loop(loop, lambda emissions: streams.deliver(emissions)),
-            )
-            streams = self._streams = Streams(
-                engine,
-                receiver,
-                step_loop,
-                self._context,
-                report=report,
-                fill_timeout_s=self._config.fill_timeout_s,
-            )
-            step_loop.start()
-            stack.push_async_callback(asyncio.to_thread, step_loop.stop)
-            stack.callback(streams.end_all, "the decode worker stops")
+            streams = self._streams = self._open_streams(engine, receiver, report, post, stop)
+            stack.push_async_callback(asyncio.to_thread, streams.step_loop.stop)
+            self._counters = [receiver.counters, mirror.counters, streams.counters]
+            mover = Mover(streams, partial(self._open_sender, memory), post)
+            stack.callback(mover.close)
+            attachments = self._attachments = Attachments(streams)
+            stack.callback(attachments.abandon_all)
             await asyncio.to_thread(round_trip, engine.layout)
-            self._server.open(streams)
-            member = Membership(self._config, self._context, self._status, self._open_store)
+            self._server.open(attachments, mover)
+            tending = asyncio.create_task(_tend(attachments, report, post), name="attachments")
+            stack.callback(tending.cancel)
+            repeat = partial(report.again, streams.restate)
+            member = Membership(self._config, self._context, self._status, self._open_store, on_store_lost=repeat)
             await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))
             yield
 
-    def _open_receiver(self, memory: PoolMemory, report: OwnershipReport, loop: asyncio.AbstractEventLoop) -> Receiver:
+    def _open_receiver(self, memory: PoolMemory, report: OwnershipReport, post: "_Post") -> Receiver:
         events = TransferEvents(
-            on_ready=_in_loop(loop, lambda claim: self._streams and self._streams.claimed(claim)),
-            on_failed=_in_loop(loop, lambda failure: self._streams and self._streams.failed(failure)),
+            on_ready=lambda claim: post(lambda: self._streams and self._streams.claimed(claim)),
+            on_failed=lambda failure: post(lambda: self._streams and self._streams.failed(failure)),
             on_state=report.handoff_changed,
         )
         options = ReceiverOptions(host=self._config.host, port=self._config.zmq_port)
@@ -97,6 +94,22 @@ class DecodeWorker:
         port = receiver.endpoint.rsplit(":", 1)[1]
         self._identity.zmq_endpoint = f"tcp://{self._config.reachable_host}:{port}"
         return receiver
+
+    def _open_streams(
+        self, engine: Engine, receiver: Receiver, report: OwnershipReport, post: "_Post", stop: Stop
+    ) -> Streams:
+        def on_step(emissions: list[Emission]) -> None:
+            post(lambda: streams.deliver(emissions))
+
+        step_loop = StepLoop(engine, self._config.max_batch, self._context, on_step, stop.request)
+        streams = Streams(engine, receiver, step_loop, self._context, report, self._config.fill_timeout_s)
+        step_loop.start()
+        return streams
+
+    def _open_sender(self, memory: PoolMemory) -> Sender:
+        sender = Sender(self._identity.incarnation, memory, self._context.ledger)
+        self._counters.append(sender.counters)
+        return sender
 
     def _status(self) -> admin_pb2.GetStatusResponse:
         status = engine_status(self._config.model, self._engine)
@@ -108,15 +121,33 @@ class DecodeWorker:
         return status
 
     async def _drain(self, timeout_s: float) -> int:
-        """Refuses new streams and waits for the running ones; how many are left."""
-        return 0 if self._streams is None else await self._streams.drain(timeout_s)
+        """Refuses new streams and waits until the others are moved or have ended; how many are left."""
+        return 0 if self._attachments is None else await self._attachments.drain(timeout_s)
 
 
-def _in_loop(loop: asyncio.AbstractEventLoop, function: Callable[[_T], object]) -> Callable[[_T], None]:
-    """`function` as other threads may call it; after the loop's end it does nothing."""
+class _Post:
+    """Brings calls from any thread into the event loop. One that fails ends the process: its streams go on elsewhere,
+    which is better than one that nobody looks after here. After the loop's end it does nothing."""
 
-    def call(argument: _T) -> None:
+    def __init__(self, stop: Stop):
+        self._loop = asyncio.get_running_loop()
+        self._stop = stop
+
+    def __call__(self, function: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
-            loop.call_soon_threadsafe(function, argument)
+            self._loop.call_soon_threadsafe(self._run, function)
 
-    return call
+    def _run(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 - the root of what other threads have done
+            self._stop.request(error)
+
+
+async def _tend(attachments: Attachments, report: OwnershipReport, post: _Post) -> None:
+    """What is done at intervals: streams nobody came back for, and the store's memory."""
+    for turn in itertools.count(1):
+        await asyncio.sleep(_SWEEP_S)
+        post(attachments.sweep)
+        if turn % round(REFRESH_S / _SWEEP_S) == 0:
+            report.again(attachments.streams.restate)

@@ -1,24 +1,26 @@
 """Session messages from the decode worker's records; pure."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from decode_service.stream import Emission, Ended, Stream
-from isthmus.convert import extent_to_proto, finish_reason_to_proto, token_to_proto
+from decode_service.stream import AttachKey, Ended, Stream
+from isthmus.convert import extent_to_proto, finish_reason_to_proto, request_to_proto, token_to_proto
 from isthmus.errors import IsthmusError
-from isthmus.types import Extent
-from isthmus.v1 import decode_pb2
+from isthmus.types import Token
+from isthmus.v1 import decode_pb2, types_pb2
+from kv_transfer.coverage import clipped
+from kv_transfer.events import FailedTransfer
 
 Response = decode_pb2.SessionResponse
 
 
-def step_tokens(step: int, emissions: Sequence[Emission]) -> Response:
-    """One message for all of a router's streams; only emissions that carry a token."""
+def step_tokens(step: int, group: Sequence[tuple[Stream, Sequence[Token]]]) -> Response:
+    """One message for all of a router's streams: of each, tokens from `num_sent` on."""
     streams = [
         decode_pb2.StreamTokens(
-            request_id=emission.stream.request_id, index=emission.index, tokens=[token_to_proto(emission.token)]
+            request_id=stream.request_id, index=stream.num_sent, tokens=[token_to_proto(token) for token in tokens]
         )
-        for emission in emissions
-        if emission.token is not None
+        for stream, tokens in group
     ]
     return Response(step=decode_pb2.StepTokens(step=step, streams=streams))
 
@@ -46,13 +48,58 @@ def refused(request_id: str, error: IsthmusError) -> Response:
     )
 
 
-def transfer_failed(stream: Stream, missing: Sequence[Extent], reason: str) -> Response:
+def transfer_failed(stream: Stream, failure: FailedTransfer) -> Response:
     return Response(
         transfer_failed=decode_pb2.TransferFailed(
             request_id=stream.request_id,
             transfer_id=stream.transfer_id,
-            attempt=stream.attempt,
-            missing=[extent_to_proto(extent) for extent in missing],
-            reason=reason,
+            attempt=failure.attempt,
+            missing=map(extent_to_proto, clipped(failure.missing, stream.num_prompt_tokens)),
+            reason=failure.reason,
         )
     )
+
+
+def rearmed(stream: Stream) -> Response:
+    return Response(
+        rearmed=decode_pb2.Rearmed(
+            request_id=stream.request_id,
+            transfer_id=stream.transfer_id,
+            attempt=stream.attempt,
+            missing=map(extent_to_proto, stream.missing),
+        )
+    )
+
+
+def attached(stream: Stream, next_index: int) -> Response:
+    """The stream's whole record: what its router needs to go on without this worker."""
+    ids = [token.id for token in stream.tokens]
+    emitted = (*ids, *stream.request.emitted_token_ids[len(ids) :])
+    aborts = stream.retention_s is None
+    return Response(
+        attached=decode_pb2.Attached(
+            request=request_to_proto(replace(stream.request, emitted_token_ids=emitted)),
+            attach=_attach_id(stream.attach),
+            next_index=next_index,
+            on_disconnect=types_pb2.ON_DISCONNECT_ABORT if aborts else types_pb2.ON_DISCONNECT_RETAIN,
+            retention_s=int(stream.retention_s or 0),
+        )
+    )
+
+
+def detached(stream: Stream) -> Response:
+    return Response(detached=decode_pb2.Detached(request_id=stream.request_id, attach=_attach_id(stream.attach)))
+
+
+def moved(request_id: str, transfer_id: str, failure: str) -> Response:
+    """`failure` is empty when the other worker has the stream."""
+    answer = decode_pb2.Moved(request_id=request_id, transfer_id=transfer_id, acked=not failure, failure=failure)
+    return Response(moved=answer)
+
+
+def leaving() -> Response:
+    return Response(leaving=decode_pb2.Leaving())
+
+
+def _attach_id(key: AttachKey) -> decode_pb2.AttachId:
+    return decode_pb2.AttachId(router_incarnation=key.router_incarnation, counter=key.counter)

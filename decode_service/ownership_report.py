@@ -1,10 +1,13 @@
 """What the store is told of this worker's handoffs and streams; every call returns at once, Redis follows."""
 
+from collections.abc import Callable
+
 from kv_transfer.mirror import HandoffMirror
-from kv_transfer.ownership import HandoffRecord, Transition
+from kv_transfer.ownership import HandoffRecord, OwnershipStore, Transition
 from kv_transfer.transfers import StateChange
 
-TTL_S = 900.0  # outlives the longest request (router: max_timeout_s 600); bounds what a killed worker leaves behind
+TTL_S = 30.0  # bounds what a killed worker leaves behind
+REFRESH_S = 10.0
 
 
 class OwnershipReport:
@@ -13,6 +16,7 @@ class OwnershipReport:
     def __init__(self, mirror: HandoffMirror, incarnation: str):
         self._mirror = mirror
         self._incarnation = incarnation
+        self._round = 0
 
     def handoff_changed(self, change: StateChange) -> None:
         """Follows the receiver's state machine, change by change."""
@@ -34,3 +38,14 @@ class OwnershipReport:
 
     def stream_ended(self, request_id: str) -> None:
         self._mirror.report(lambda store: store.streams.drop(request_id, self._incarnation))
+
+    def again(self, restate: Callable[[], None]) -> None:
+        """`restate` reports everything anew, in the mirror's loop and turn; of several that wait only the last does."""
+        self._round += 1
+        number = self._round
+
+        async def turn(_: OwnershipStore) -> None:
+            if number == self._round:
+                restate()
+
+        self._mirror.report(turn)

@@ -1,15 +1,21 @@
 """Continuous batching, pure: a new stream joins at the next step, an ended one leaves at once."""
 
 from collections import deque
+from collections.abc import Callable, Sequence
 
 from decode_service.stream import Stream
 
+REPLAY_ROWS = 64  # a step computes at most so many rows beyond one for each stream: running streams keep their pace
+
+Turn = tuple[Stream, list[Sequence[int]]]  # a stream, and the prefixes whose next tokens a step computes
+
 
 class Scheduler:
-    """Streams in arrival order; at most `max_batch` run, the rest wait for a place."""
+    """Streams in arrival order; at most `max_batch` run, the rest wait for a place. `on_run` hears who got one."""
 
-    def __init__(self, max_batch: int):
+    def __init__(self, max_batch: int, on_run: Callable[[Stream], None]):
         self._max_batch = max_batch
+        self._on_run = on_run
         self._running: dict[str, Stream] = {}
         self._waiting: deque[Stream] = deque()
 
@@ -25,12 +31,19 @@ class Scheduler:
             return True
         return False
 
-    def batch(self) -> list[Stream]:
-        """The streams of the next step, after the waiting ones took the free places."""
+    def batch(self) -> list[Turn]:
+        """The next step, after the waiting streams took the free places; the first to replay replays the most."""
         while self._waiting and len(self._running) < self._max_batch:
             stream = self._waiting.popleft()
             self._running[stream.request_id] = stream
-        return list(self._running.values())
+            self._on_run(stream)
+        turns: list[Turn] = []
+        num_left = REPLAY_ROWS
+        for stream in self._running.values():
+            prefixes = stream.prefixes(num_left)
+            num_left -= len(prefixes) - 1
+            turns.append((stream, prefixes))
+        return turns
 
     def expired(self, now: float) -> list[Stream]:
         return [stream for stream in self.streams() if stream.deadline is not None and stream.deadline <= now]

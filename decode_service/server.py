@@ -6,17 +6,26 @@ from collections.abc import AsyncIterator
 import grpc.aio
 
 from decode_service import messages
+from decode_service.attachment import Attachments
+from decode_service.moving import Mover
 from decode_service.session import RouterSession
-from decode_service.stream import AttachKey
-from decode_service.streams import Streams
+from decode_service.stream import AttachKey, Phase
+from decode_service.streams import Streams, Terms
 from isthmus.admin import Identity
-from isthmus.convert import extent_to_proto, finish_reason_from_proto, layout_to_proto, request_from_proto
-from isthmus.errors import InvalidRequest, IsthmusError, NotYet, WorkersUnavailable
+from isthmus.convert import (
+    extent_to_proto,
+    finish_reason_from_proto,
+    layout_to_proto,
+    request_from_proto,
+    target_from_reserved,
+)
+from isthmus.errors import InvalidRequest, IsthmusError, StaleOwner, WorkersUnavailable
 from isthmus.log import get_logger
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 
 HELLO_TIMEOUT_S = 5.0
+MAX_RETENTION_S = 120
 log = get_logger("decode.server")
 
 
@@ -25,24 +34,29 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
 
     def __init__(self, identity: Identity):
         self._identity = identity
-        self._opened: Streams | None = None
+        self._opened: Attachments | None = None
+        self._mover: Mover | None = None
 
-    def open(self, streams: Streams) -> None:
-        self._opened = streams
+    def open(self, attachments: Attachments, mover: Mover) -> None:
+        self._opened, self._mover = attachments, mover
 
     @property
-    def _streams(self) -> Streams:
+    def _attachments(self) -> Attachments:
         if self._opened is None:
             raise WorkersUnavailable("this decode worker is starting", retry_after_s=0.2)
         return self._opened
+
+    @property
+    def _streams(self) -> Streams:
+        return self._attachments.streams
 
     async def Session(  # noqa: N802 - the proto's name
         self,
         request_iterator: AsyncIterator[decode_pb2.SessionRequest],
         context: grpc.aio.ServicerContext[decode_pb2.SessionRequest, decode_pb2.SessionResponse],
     ) -> AsyncIterator[decode_pb2.SessionResponse]:
-        """Yields what the worker has to say; ends when the router goes away, which ends its streams."""
-        streams = self._streams
+        """Yields what the worker has to say; when it ends the router's streams wait for another session."""
+        attachments = self._attachments
         messages_in = aiter(request_iterator)
         session = await self._greet(messages_in)
         reader = asyncio.create_task(self._read(session, messages_in), name=f"session-{session.router_incarnation}")
@@ -53,7 +67,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             session.close()
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-            streams.end_session(session)
+            attachments.lost(session)
             log.info("session_ended", router=session.router_incarnation)
 
     async def Find(  # noqa: N802
@@ -62,21 +76,20 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         context: grpc.aio.ServicerContext[decode_pb2.FindRequest, decode_pb2.FindResponse],
     ) -> decode_pb2.FindResponse:
         stream = self._streams.get(request.request_id)
-        return decode_pb2.FindResponse(found=stream is not None, next_index=len(stream.token_ids) if stream else 0)
+        return decode_pb2.FindResponse(found=stream is not None, next_index=stream.num_known if stream else 0)
 
     async def _greet(self, messages_in: AsyncIterator[decode_pb2.SessionRequest]) -> RouterSession:
         first = await asyncio.wait_for(anext(messages_in), HELLO_TIMEOUT_S)
         if first.WhichOneof("message") != "hello":
             raise InvalidRequest.of("message", first.WhichOneof("message"), "hello as the first message of a session")
         session = RouterSession(first.hello.router_incarnation)
-        named = [cursor.request_id for cursor in first.hello.streams]
         hello = decode_pb2.DecodeHello(
             incarnation=self._identity.incarnation,
             layout=layout_to_proto(self._streams.engine.layout),
             numerics_digest=self._streams.engine.numerics.digest,
-            unknown_streams=[request_id for request_id in named if self._streams.get(request_id) is None],
         )
-        session.send(decode_pb2.SessionResponse(hello=hello))
+        next_index = {cursor.request_id: cursor.next_index for cursor in first.hello.streams}
+        self._attachments.open(session, next_index, hello)
         log.info("session_opened", router=session.router_incarnation)
         return session
 
@@ -90,35 +103,38 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             session.close()
 
     def _follow(self, message: decode_pb2.SessionRequest, session: RouterSession) -> None:
-        kind = message.WhichOneof("message")
         request_id = ""
         try:
-            match kind:
+            match message.WhichOneof("message"):
                 case "reserve":
                     request_id = message.reserve.request.request_id
-                    session.send(self._reserve(message.reserve, session))
+                    self._reserve(message.reserve, session)
+                case "rearm":
+                    request_id = message.rearm.request_id
+                    self._rearm(message.rearm, session)
+                case "attach":
+                    request_id = message.attach.request_id
+                    self._attachments.attach(request_id, message.attach.next_index, session)
                 case "cancel":
-                    self._cancel(message.cancel)
+                    why = finish_reason_from_proto(message.cancel.finish_reason) or FinishReason.CANCELLED
+                    self._attachments.cancel(message.cancel.request_id, _key(message.cancel.attach), why)
                 case "release":
-                    request_id = message.release.request_id
-                    self._streams.cancel(request_id, _attach(message.release.attach), FinishReason.CANCELLED)
-                case "hello":
-                    raise InvalidRequest.of("message", "hello", "one hello, as the first message of a session")
-                case None:
-                    raise InvalidRequest.of("message", None, "reserve, cancel, release")
-                case _:
-                    request_id = getattr(message, kind).request_id
-                    raise NotYet(f"{kind} is not served yet")
+                    self._attachments.release(message.release.request_id, _key(message.release.attach))
+                case "move":
+                    self._move(message.move, session)
+                case other:
+                    raise InvalidRequest.of("message", other, "reserve, rearm, attach, cancel, release, move")
         except IsthmusError as error:
             session.send(messages.refused(request_id, error))
 
-    def _reserve(self, reserve: decode_pb2.Reserve, session: RouterSession) -> decode_pb2.SessionResponse:
-        if reserve.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN:
-            raise NotYet("on_disconnect: retain is not served yet")
-        if reserve.request.emitted_token_ids:
-            raise NotYet("emitted_token_ids is not served yet")
-        request, attach = request_from_proto(reserve.request), _attach(reserve.attach)
-        stream = self._streams.reserve(request, attach, session, reserve.fill_timeout_ms / 1000 or None)
+    def _reserve(self, reserve: decode_pb2.Reserve, session: RouterSession) -> None:
+        is_retained = reserve.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN
+        terms = Terms(
+            fill_timeout_s=reserve.fill_timeout_ms / 1000 or None,
+            retention_s=min(reserve.retention_s, MAX_RETENTION_S) if is_retained else None,
+            moves=reserve.moves,
+        )
+        stream = self._streams.reserve(request_from_proto(reserve.request), _key(reserve.attach), session, terms)
         reserved = decode_pb2.Reserved(
             request_id=stream.request_id,
             transfer_id=stream.transfer_id,
@@ -129,12 +145,22 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             num_cached_tokens=stream.num_cached_tokens,
             missing=[extent_to_proto(extent) for extent in stream.missing],
         )
-        return decode_pb2.SessionResponse(reserved=reserved)
+        session.send(decode_pb2.SessionResponse(reserved=reserved))
 
-    def _cancel(self, cancel: decode_pb2.CancelStream) -> None:
-        why = finish_reason_from_proto(cancel.finish_reason) or FinishReason.CANCELLED
-        self._streams.cancel(cancel.request_id, _attach(cancel.attach), why)
+    def _rearm(self, rearm: decode_pb2.Rearm, session: RouterSession) -> None:
+        stream = self._streams.get(rearm.request_id)
+        if stream is None or stream.phase is not Phase.FILLING or stream.transfer_id != rearm.transfer_id:
+            raise StaleOwner("the transfer is not being filled")
+        if self._attachments.held(rearm.request_id, _key(rearm.attach)):
+            self._streams.rearm(stream, rearm.attempt, rearm.fill_timeout_ms / 1000 or None)
+            session.send(messages.rearmed(stream))
+
+    def _move(self, move: decode_pb2.Move, session: RouterSession) -> None:
+        if self._streams.get(move.request_id) is None:
+            session.send(messages.moved(move.request_id, move.target.transfer_id, "it is not here"))
+        elif self._mover and (stream := self._attachments.held(move.request_id, _key(move.attach))):
+            self._mover.move(stream, target_from_reserved(move.target))
 
 
-def _attach(message: decode_pb2.AttachId) -> AttachKey:
+def _key(message: decode_pb2.AttachId) -> AttachKey:
     return AttachKey(message.router_incarnation, message.counter)

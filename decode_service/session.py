@@ -33,3 +33,7 @@ class RouterSession:
     async def outgoing(self) -> AsyncIterator[decode_pb2.SessionResponse]:
         while (message := await self._queue.get()) is not None:
             yield message
+
+
+NOBODY = RouterSession("")  # where messages of a stream go that nobody wants to hear of
+NOBODY.close()

@@ -13,7 +13,7 @@ from isthmus.types import (
     Token,
     TransferTarget,
 )
-from isthmus.v1 import admin_pb2, prefill_pb2, types_pb2
+from isthmus.v1 import admin_pb2, decode_pb2, prefill_pb2, types_pb2
 
 _FINISH_REASONS = {reason: getattr(types_pb2, f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 
@@ -91,11 +91,19 @@ def extent_from_proto(message: types_pb2.Extent) -> Extent:
 
 
 def target_from_proto(message: prefill_pb2.TransferTarget) -> TransferTarget:
+    return _target(message, message.receiver_incarnation)
+
+
+def target_from_reserved(message: decode_pb2.Reserved) -> TransferTarget:
+    return _target(message, message.incarnation)
+
+
+def _target(message: prefill_pb2.TransferTarget | decode_pb2.Reserved, receiver_incarnation: str) -> TransferTarget:
     return TransferTarget(
         transfer_id=message.transfer_id,
         attempt=message.attempt,
         zmq_endpoint=message.zmq_endpoint,
-        receiver_incarnation=message.receiver_incarnation,
+        receiver_incarnation=receiver_incarnation,
         layout_fingerprint=message.layout_fingerprint,
         missing=tuple(extent_from_proto(extent) for extent in message.missing),
     )

@@ -1,11 +1,12 @@
 """The work of the sender's thread: rows into frames, frames onto links in turn, answers back to transfers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import zmq
 
 from isthmus.clock import Clock
+from isthmus.failpoints import Failpoints
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token
 from kv_transfer.counters import Counters
@@ -29,6 +30,7 @@ class SenderOptions:
     ack_timeout_s: float = 5.0  # without any answer
     idle_link_s: float = 60.0
     max_transfers: int = 1024
+    failpoints: Failpoints = field(default_factory=Failpoints)
 
 
 class Courier:
@@ -63,7 +65,7 @@ class Courier:
         key = (target.receiver_incarnation, target.zmq_endpoint)
         if key not in self._links:
             try:
-                link = Link(self._context, self._incarnation, target)
+                link = Link(self._context, self._incarnation, target, self._options.failpoints)
             except LinkLost as lost:
                 self._finish(transfer, str(lost))
                 return
@@ -79,14 +81,14 @@ class Courier:
             transfer.state.add_rows(rows)
             self._queue(transfer)
 
-    def commit(self, transfer: OutgoingTransfer, token: Token) -> None:
+    def commit(self, transfer: OutgoingTransfer, tokens: tuple[Token, ...]) -> None:
         if transfer.state.has_ended:
             return
         transfer.state.progress_at = self._now()
-        if transfer.state.add_commit(token):
-            self._queue(transfer)
+        if problem := transfer.state.add_commit(tokens):
+            self.abort(transfer, problem)
         else:
-            self.abort(transfer, "committed before its rows")
+            self._queue(transfer)
 
     def abort(self, transfer: OutgoingTransfer, reason: str, *, finished: bool = False) -> None:
         if transfer.state.has_ended:
@@ -189,7 +191,7 @@ class Courier:
 
     def _send_commit(self, link: Link, transfer: OutgoingTransfer) -> bool:
         assert transfer.state.commit is not None, "has_work without pieces means a commit"
-        link.send_small(FrameKind.COMMIT, transfer.state.commit.encode(), transfer.order.target)
+        link.send_small(FrameKind.COMMIT, transfer.state.commit, transfer.order.target)
         transfer.state.commit_sent = True
         transfer.state.progress_at = self._now()
         return True

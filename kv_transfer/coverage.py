@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from dataclasses import replace
 
 from isthmus.types import Extent
 
@@ -61,6 +62,12 @@ class Coverage:
 def normalised(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """The same positions as sorted, disjoint, merged extents: equal sets compare equal."""
     return Coverage(extents).missing()
+
+
+def clipped(extents: Iterable[Extent], end: int) -> tuple[Extent, ...]:
+    """Their positions below `end`."""
+    below = (extent for extent in extents if extent.first_token < end)
+    return tuple(replace(extent, num_tokens=min(extent.end, end) - extent.first_token) for extent in below)
 
 
 def _add(intervals: list[Interval], first: int, end: int) -> None:

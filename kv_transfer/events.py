@@ -11,27 +11,30 @@ from kv_transfer.transfers import IncomingTransfer, StateChange
 class ClaimedTransfer:
     transfer_id: str
     request_id: str
-    token: Token  # token 0
+    tokens: tuple[Token, ...]  # from token 0 on; one unless the stream moved here
 
     @classmethod
     def of(cls, transfer: IncomingTransfer) -> "ClaimedTransfer":
         assert transfer.commit is not None, "claimed by its commit"
-        return cls(transfer.transfer_id, transfer.request_id, transfer.commit.token)
+        return cls(transfer.transfer_id, transfer.request_id, transfer.commit.tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class FailedTransfer:
+    """The attempt is over. The reservation stays for another one, unless `is_ended`."""
+
     transfer_id: str
     request_id: str
     attempt: int
     missing: tuple[Extent, ...]
     reason: str  # "fill_deadline", or the sender's own words
+    is_ended: bool  # nothing more may be written
     finished: bool = False  # nothing failed: the request ended at token 0 and needs no decode
 
     @classmethod
     def of(cls, transfer: IncomingTransfer, reason: str, *, finished: bool = False) -> "FailedTransfer":
         ids = (transfer.transfer_id, transfer.request_id, transfer.attempt)
-        return cls(*ids, transfer.coverage.missing(), reason, finished)
+        return cls(*ids, transfer.coverage.missing(), reason, transfer.state.is_final, finished)
 
 
 def _ignore(_: StateChange) -> None: ...

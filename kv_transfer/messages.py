@@ -7,14 +7,14 @@ from google.protobuf.message import DecodeError
 
 from isthmus.convert import token_from_proto, token_to_proto
 from isthmus.types import Extent, Token
-from isthmus.v1 import types_pb2
-from kv_transfer.frames import BadFrame, Buffer, FrameKind, FrameName, Refusal
+from isthmus.v1 import decode_pb2
+from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, Buffer, FrameKind, FrameName, Refusal
 
-MAX_COMMIT_BYTES = 256 * 2**10
+MAX_COMMIT_BYTES = MAX_BODY_BYTES
 MAX_ACKS = 64
 _MAX_CAUSE_BYTES = 200
 
-_COMMIT = struct.Struct("<II")  # bytes of the Token message, number of extents
+_COMMIT = struct.Struct("<II")  # bytes of the StreamTokens message, number of extents
 _EXTENT = struct.Struct("<HHII")  # plane, layer, first token, token count
 _ABORT = struct.Struct("<HH")  # kind of the refused frame (0: the transfer as a whole), 1 if the request is finished
 _NAME = struct.Struct("<H16sIHHII")  # the fields of a FrameName
@@ -23,29 +23,31 @@ _CREDIT = struct.Struct("<Q")  # bytes granted; 0 asks
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Token 0, and the rows that must be there before decode may go on from it."""
+    """Tokens 0 to k - 1 and the rows that must be there before decode may go on: k is 1 unless a stream moves."""
 
-    token: Token
+    tokens: tuple[Token, ...]
     extents: tuple[Extent, ...]
 
     def encode(self) -> bytes:
-        token = token_to_proto(self.token).SerializeToString()
+        """May be longer than MAX_COMMIT_BYTES, which no receiver takes."""
+        tokens = decode_pb2.StreamTokens(tokens=map(token_to_proto, self.tokens)).SerializeToString()
         extents = (_EXTENT.pack(e.plane, e.layer, e.first_token, e.num_tokens) for e in self.extents)
-        return _COMMIT.pack(len(token), len(self.extents)) + token + b"".join(extents)
+        return _COMMIT.pack(len(tokens), len(self.extents)) + tokens + b"".join(extents)
 
     @classmethod
     def decode(cls, body: Buffer) -> "Commit":
         if not _COMMIT.size <= len(body) <= MAX_COMMIT_BYTES:
             raise BadFrame(Refusal.BAD_BODY)
-        token_bytes, num_extents = _COMMIT.unpack_from(body)
-        if _COMMIT.size + token_bytes + num_extents * _EXTENT.size != len(body):
+        tokens_bytes, num_extents = _COMMIT.unpack_from(body)
+        if _COMMIT.size + tokens_bytes + num_extents * _EXTENT.size != len(body):
             raise BadFrame(Refusal.BAD_BODY)
-        extents_at = _COMMIT.size + token_bytes
+        extents_at = _COMMIT.size + tokens_bytes
         try:
-            token = types_pb2.Token.FromString(bytes(body[_COMMIT.size : extents_at]))
+            tokens = decode_pb2.StreamTokens.FromString(bytes(body[_COMMIT.size : extents_at])).tokens
         except DecodeError as error:
             raise BadFrame(Refusal.BAD_BODY) from error
-        return cls(token_from_proto(token), tuple(Extent(*fields) for fields in _EXTENT.iter_unpack(body[extents_at:])))
+        extents = tuple(Extent(*fields) for fields in _EXTENT.iter_unpack(body[extents_at:]))
+        return cls(tuple(map(token_from_proto, tokens)), extents)
 
 
 @dataclass(frozen=True, slots=True)

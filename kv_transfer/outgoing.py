@@ -1,4 +1,4 @@
-"""One transfer as the prefill side sees it: a handle any thread may use, and the state the sender's thread keeps."""
+"""One transfer as the sending side sees it: a handle any thread may use, and the state the sender's thread keeps."""
 
 import time
 from collections import deque
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from isthmus.kv_layout import KvLayout
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.coverage import Coverage
-from kv_transfer.messages import Commit
+from kv_transfer.messages import MAX_COMMIT_BYTES, Commit
 
 if TYPE_CHECKING:
     from kv_transfer.courier import Courier
@@ -54,9 +54,9 @@ class OutgoingTransfer:
         """Positions [first, first + n) are final in the pool. Only what the target misses goes out, and only once."""
         self._post(lambda courier: courier.add_rows(self, Extent(plane, layer, first, n)))
 
-    def commit(self, token: Token) -> None:
-        """Token 0, after the last rows_ready. on_done(acked=True) follows when the receiver has claimed."""
-        self._post(lambda courier: courier.commit(self, token))
+    def commit(self, *tokens: Token) -> None:
+        """Every token so far, after the last rows_ready. on_done(acked=True) follows when the receiver has claimed."""
+        self._post(lambda courier: courier.commit(self, tokens))
 
     def abort(self, reason: str, *, finished: bool = False) -> None:
         """Ends the transfer and tells the receiver to free; `finished`: the request needs no decode."""
@@ -69,7 +69,7 @@ class OutgoingState:
     def __init__(self, missing: tuple[Extent, ...], block_size: int):
         self.coverage = Coverage(missing)  # of rows handed in
         self.pieces: deque[Extent] = deque()  # rows computed and not sent yet
-        self.commit: Commit | None = None
+        self.commit: bytes | None = None  # encoded
         self.commit_sent = False
         self.num_in_flight = 0  # fill frames without an answer
         self.num_borrowed = 0  # frames that ZeroMQ reads straight from the pool
@@ -98,10 +98,12 @@ class OutgoingState:
             self.pieces.append(Extent(rows.plane, rows.layer, first, end - first))
         self.coverage.cover(rows.plane, rows.layer, interval)
 
-    def add_commit(self, token: Token) -> bool:
-        """False if rows the receiver waits for were never handed in: a commit could not be honoured."""
-        self.commit = Commit(token, self._missing)
-        return self.coverage.is_complete
+    def add_commit(self, tokens: tuple[Token, ...]) -> str:
+        """Why the commit could not be honoured; empty if it can: it is sent after the rows."""
+        if not self.coverage.is_complete:
+            return "committed before its rows"
+        self.commit = Commit(tokens, self._missing).encode()
+        return "" if len(self.commit) <= MAX_COMMIT_BYTES else "too many tokens for a commit"
 
     def note_sent(self) -> bool:
         """A fill frame leaves; True for the first."""

@@ -101,6 +101,12 @@ class Receiver:
         with self._lock:
             return self._transfers.release(transfer_id) is not None
 
+    def restate(self) -> None:
+        """Every open transfer goes to on_state as it is now, as a change from None. Any thread."""
+        with self._lock:
+            for transfer in self._transfers:
+                self._events.on_state(StateChange(transfer, None))
+
     def close(self) -> None:
         """Open transfers end without a call; returns when the thread is gone."""
         if self._stopping:
@@ -200,7 +206,7 @@ class Receiver:
                 self._writing = None
                 self._lock.notify_all()
         self._replies.ack(link, header.name)
-        if accept.gaps and accept.transfer.coverage.is_complete:
+        if accept.gaps and accept.transfer.is_covered:
             self._record("transfer.covered", accept.transfer)
 
     def _write_gaps(self, accept: Accept, header: FrameHeader, body: memoryview) -> None:
@@ -219,20 +225,26 @@ class Receiver:
             self._replies.ack(link, header.name)
 
     def _abort(self, link: bytes, header: FrameHeader, body: memoryview) -> None:
-        notice = Abort.decode(body)
+        """A sender that fails leaves the reservation to another; one whose request has finished ends it."""
+        notice, failure = Abort.decode(body), None
         with self._lock:
             self._transfers.check(header)
             self._links.pop(header.transfer_id, None)  # the sender knows
-            ended = self._transfers.abort(header.transfer_id, notice.cause)
+            if notice.finished:
+                left = self._transfers.abort(header.transfer_id, notice.cause)
+            elif left := self._transfers.abandon(header.transfer_id):
+                self._record("transfer.abandoned", left, notice.cause)
+            if left is not None:  # told as it was here: it may be rearmed at once
+                failure = FailedTransfer.of(left, notice.cause, finished=notice.finished)
         self._replies.ack(link, header.name)
-        if ended is not None:
-            self._report_failure(ended, notice.cause, finished=notice.finished)
+        if failure is not None:
+            self._report_failure(failure)
 
     def _expire(self) -> None:
         with self._lock:
             failed = self._transfers.expire()
         for transfer in failed:
-            self._report_failure(transfer, "fill_deadline")
+            self._report_failure(FailedTransfer.of(transfer, "fill_deadline"))
 
     def _send_notices(self) -> None:
         while self._notices:
@@ -249,9 +261,9 @@ class Receiver:
                 self._replies.ack(link, FrameName(FrameKind.COMMIT.value, transfer_bytes, transfer.attempt))
                 self._events.on_ready(ClaimedTransfer.of(transfer))
 
-    def _report_failure(self, transfer: IncomingTransfer, reason: str, *, finished: bool = False) -> None:
-        self.counters.add("finished" if finished else "failed")
-        self._events.on_failed(FailedTransfer.of(transfer, reason, finished=finished))
+    def _report_failure(self, failure: FailedTransfer) -> None:
+        self.counters.add("finished" if failure.finished else "failed")
+        self._events.on_failed(failure)
 
     def _note_change(self, change: StateChange) -> None:
         """Under the lock, from whichever thread made the change."""

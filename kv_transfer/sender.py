@@ -1,4 +1,4 @@
-"""The prefill side of transfers: one thread owns every link, takes rows from the pool, seals and sends them.
+"""The sending side of transfers: one thread owns every link, takes rows from the pool, seals and sends them.
 
 A transfer's blocks are read until its on_done and not after; that comes exactly once, from this thread.
 """

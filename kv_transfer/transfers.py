@@ -6,14 +6,14 @@ change state.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from isthmus.errors import Overloaded, StaleOwner
 from isthmus.kv_layout import KvLayout
 from isthmus.types import Extent
-from kv_transfer.coverage import Coverage, Interval, normalised
+from kv_transfer.coverage import Coverage, Interval, clipped, normalised
 from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, Refusal
 from kv_transfer.handoff import HandoffState, is_allowed
 from kv_transfer.messages import Commit
@@ -33,6 +33,13 @@ class Reservation:
     block_table: tuple[int, ...]  # of the whole prompt, cached prefix included
     missing: tuple[Extent, ...]  # what must come; nothing else may be written
     deadline: float  # Clock.now() at which the fill has failed
+    open_from: int | None = None  # a stream moves: rows from here on must come only as far as its tokens reach
+
+    def wanted(self, extents: tuple[Extent, ...], num_tokens: int) -> tuple[Extent, ...] | None:
+        """Those of `extents` that decode needs to go on after so many tokens; None: it does not take so many."""
+        if self.open_from is None:
+            return extents if num_tokens == 1 else None
+        return clipped(extents, self.open_from + num_tokens - 1) if num_tokens else None
 
 
 @dataclass(slots=True)
@@ -42,10 +49,11 @@ class IncomingTransfer:
     reservation: Reservation
     attempt: int
     coverage: Coverage
-    expected: tuple[Extent, ...]  # what this attempt must bring, normalised
+    expected: tuple[Extent, ...]  # what this attempt may bring, normalised
     state: HandoffState = HandoffState.RESERVED
     sender: bytes | None = None  # incarnation, known from the first verified frame of the attempt
     commit: Commit | None = None
+    is_abandoned: bool = False  # by the sender of this attempt
     num_bytes: int = 0  # of rows written
 
     @property
@@ -55,6 +63,13 @@ class IncomingTransfer:
     @property
     def request_id(self) -> str:
         return self.reservation.request_id
+
+    @property
+    def is_covered(self) -> bool:
+        """Every row is there that the commit rests on; before the commit, that may be written."""
+        if self.commit is None or self.coverage.is_complete:
+            return self.coverage.is_complete
+        return not self.reservation.wanted(self.coverage.missing(), len(self.commit.tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +103,9 @@ class IncomingTransfers:
     def __len__(self) -> int:
         return len(self._transfers)
 
+    def __iter__(self) -> Iterator[IncomingTransfer]:
+        return iter(self._transfers.values())
+
     def find(self, transfer_id: str) -> IncomingTransfer | None:
         return self._transfers.get(transfer_id)
 
@@ -114,6 +132,8 @@ class IncomingTransfers:
             raise BadFrame(Refusal.LATE if header.transfer_id in self._tombstones else Refusal.UNKNOWN_TRANSFER)
         if header.attempt != transfer.attempt:
             raise BadFrame(Refusal.OLD_ATTEMPT if header.attempt < transfer.attempt else Refusal.FUTURE_ATTEMPT)
+        if transfer.is_abandoned:
+            raise BadFrame(Refusal.LATE)
         if transfer.sender is not None and header.sender != transfer.sender:
             raise BadFrame(Refusal.WRONG_SENDER)
         if header.kind is not FrameKind.FILL:
@@ -136,7 +156,7 @@ class IncomingTransfers:
     def committed(self, header: FrameHeader, commit: Commit) -> None:
         """The commit came; it waits for the rows. A second one changes nothing."""
         transfer = self.check(header).transfer
-        if normalised(commit.extents) != transfer.expected:
+        if normalised(commit.extents) != transfer.reservation.wanted(transfer.expected, len(commit.tokens)):
             raise BadFrame(Refusal.WRONG_EXTENTS)
         if transfer.commit is None:
             self._begin_filling(transfer, header)
@@ -152,6 +172,14 @@ class IncomingTransfers:
         if transfer.state is HandoffState.CLAIMED:
             return None
         self._end(transfer, HandoffState.ABORTED, cause)
+        return transfer
+
+    def abandon(self, transfer_id: str) -> IncomingTransfer | None:
+        """The sender gave up: nothing comes any more and what came stays, for `rearm`. None if it is not filling."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is HandoffState.CLAIMED:
+            return None
+        transfer.is_abandoned = True
         return transfer
 
     def release(self, transfer_id: str) -> IncomingTransfer | None:
@@ -171,7 +199,7 @@ class IncomingTransfers:
             raise StaleOwner(f"attempt {attempt} is not above {transfer.attempt}")
         previous = transfer.state
         transfer.reservation = replace(transfer.reservation, deadline=deadline)
-        transfer.attempt, transfer.sender, transfer.commit = attempt, None, None
+        transfer.attempt, transfer.sender, transfer.commit, transfer.is_abandoned = attempt, None, None, False
         transfer.expected = transfer.coverage.missing()
         self.on_change(StateChange(transfer, previous, "rearmed"))
         return transfer.expected
@@ -212,7 +240,7 @@ class IncomingTransfers:
             self._move(transfer, HandoffState.FILLING, "")
 
     def _claim_if_complete(self, transfer: IncomingTransfer) -> None:
-        if transfer.coverage.is_complete and transfer.commit is not None:
+        if transfer.commit is not None and transfer.is_covered:
             self._move(transfer, HandoffState.CLAIMED, "")
 
     def _end(self, transfer: IncomingTransfer, state: HandoffState, cause: str) -> None:

@@ -204,7 +204,7 @@ def test_a_replayed_frame_is_acknowledged_again_and_writes_nothing(decode: Decod
     decode.pool.rows[0, 0][:16] = POISON
     intruder.say(header, body)
     assert intruder.acked() == [FrameKind.FILL.value]
-    commit = Commit(Token(1), extents(0, 16, [(0, 0)])).encode()
+    commit = Commit((Token(1),), extents(0, 16, [(0, 0)])).encode()
     place = replace(header, kind=FrameKind.COMMIT, first_token=0, num_tokens=0)
     intruder.say(place, commit)
     intruder.say(place, commit)  # of a claimed transfer

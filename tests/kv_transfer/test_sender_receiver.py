@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_a_prompt_arrives_whole_and_nothing_beside_it(prefill: PrefillSide, deco
     outcome = prefill.send(target, ours).all_rows(NUM_TOKENS).commit().outcome()
     claimed = decode.next()
     assert isinstance(claimed, ClaimedTransfer)
-    assert claimed.token == Token(7, -0.25, ((7, -0.25), (3, -2.0)))
+    assert claimed.tokens == (Token(7, -0.25, ((7, -0.25), (3, -2.0))),)
     assert outcome.acked
     assert outcome.failure == ""
     assert outcome.bytes == NUM_TOKENS * decode.pool.layout.bytes_per_token
@@ -62,6 +63,48 @@ def test_a_prompt_arrives_whole_and_nothing_beside_it(prefill: PrefillSide, deco
     assert outcome.last_ack_ns is not None
     assert_moved(prefill.pool, ours, decode.pool, theirs, missing)
     assert decode.receiver.counters == {}
+
+
+def test_a_move_brings_the_rows_and_the_tokens_so_far(prefill: PrefillSide, decode: DecodeSide) -> None:
+    ours, theirs, tokens = shuffled(1, 10), shuffled(2, 10), tuple(Token(i, -i / 7, ((i, -1.5),)) for i in range(31))
+    target = decode.reserve(theirs, extents(16, NUM_TOKENS), open_from=60)
+    moved = extents(16, 60 + 30)
+    sending = prefill.send(replace(target, missing=moved), ours).all_rows(90)
+    sending.transfer.commit(*tokens)
+    assert sending.outcome().acked
+    claimed = decode.next()
+    assert isinstance(claimed, ClaimedTransfer)
+    assert [token.id for token in claimed.tokens] == list(range(31))
+    assert claimed.tokens[7].top_logprobs == ((7, -1.5),)
+    assert_moved(prefill.pool, ours, decode.pool, theirs, moved)
+
+
+def test_more_tokens_than_a_commit_holds_are_refused_before_they_leave(
+    prefill: PrefillSide, decode: DecodeSide
+) -> None:
+    sending = prefill.send(decode.reserve([0], extents(0, 16), open_from=16), [0]).all_rows(16)
+    sending.transfer.commit(*[Token(2**31, -0.5, tuple((2**31, -1.5) for _ in range(20)))] * 20_000)
+    assert sending.outcome().failure == "too many tokens for a commit"
+    assert isinstance(decode.next(), FailedTransfer)
+
+
+def test_an_abort_by_the_sender_leaves_the_rows_to_the_next_attempt(prefill: PrefillSide, decode: DecodeSide) -> None:
+    ours, theirs, missing = shuffled(1, 10), shuffled(2, 10), extents(0, NUM_TOKENS)
+    target = decode.reserve(theirs, missing)
+    first = prefill.send(target, ours)
+    first.transfer.rows_ready(0, 0, 0, NUM_TOKENS)
+    wait_until(lambda: not first.transfer.state.pieces and not first.transfer.state.num_in_flight)
+    first.transfer.abort("cancelled")
+    failed = decode.next()
+    assert isinstance(failed, FailedTransfer)
+    assert not failed.is_ended
+    rest = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
+    assert rest == failed.missing
+    assert (0, 0) not in {(extent.plane, extent.layer) for extent in rest}
+    again = prefill.send(decode.target(target.transfer_id, 2, rest), ours).all_rows(NUM_TOKENS).commit()
+    assert again.outcome().acked
+    assert isinstance(decode.next(), ClaimedTransfer)
+    assert_moved(prefill.pool, ours, decode.pool, theirs, missing)
 
 
 def test_only_the_missing_ranges_travel(prefill: PrefillSide, decode: DecodeSide) -> None:

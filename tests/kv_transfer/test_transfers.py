@@ -10,7 +10,7 @@ import pytest
 from isthmus.errors import Overloaded, StaleOwner
 from isthmus.ids import new_transfer_id
 from isthmus.types import Extent, Token
-from kv_transfer.coverage import Coverage, normalised
+from kv_transfer.coverage import Coverage, clipped, normalised
 from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, Refusal
 from kv_transfer.handoff import TRANSITIONS, HandoffState, is_allowed
 from kv_transfer.messages import Commit
@@ -33,10 +33,9 @@ class Machine:
     def _note(self, change: StateChange) -> None:
         self.changes.append((change.previous, change.transfer.state))
 
-    def reserve(self, missing: tuple[Extent, ...], fill_s: float = 10.0, num_blocks: int = 8) -> str:
-        transfer_id = new_transfer_id()
-        table = tuple(range(num_blocks))
-        self.transfers.reserve(Reservation(transfer_id, 1, "r", table, missing, self.clock.now() + fill_s))
+    def reserve(self, missing: tuple[Extent, ...], fill_s: float = 10.0, open_from: int | None = None) -> str:
+        transfer_id, deadline = new_transfer_id(), self.clock.now() + fill_s
+        self.transfers.reserve(Reservation(transfer_id, 1, "r", tuple(range(8)), missing, deadline, open_from))
         return transfer_id
 
     def fill(self, header: FrameHeader) -> Accept:
@@ -46,9 +45,16 @@ class Machine:
                 self.written[header.plane, header.layer, position] = header.attempt
         return self.transfers.filled(header)
 
-    def commit(self, transfer_id: str, missing: tuple[Extent, ...], attempt: int = 1, sender: bytes = P1) -> None:
+    def commit(
+        self,
+        transfer_id: str,
+        missing: tuple[Extent, ...],
+        attempt: int = 1,
+        sender: bytes = P1,
+        num_tokens: int = 1,
+    ) -> None:
         header = frame(transfer_id, FrameKind.COMMIT, attempt=attempt, sender=sender)
-        self.transfers.committed(header, Commit(Token(1), missing))
+        self.transfers.committed(header, Commit((Token(1),) * num_tokens, missing))
 
 
 def frame(transfer_id: str, kind: FrameKind, extent: Extent | None = None, **fields: object) -> FrameHeader:
@@ -101,7 +107,7 @@ def test_memory_is_written_exactly_where_it_is_covered_whatever_the_network_does
             if header.kind is FrameKind.FILL:
                 machine.fill(header)
             else:
-                commit = Commit(Token(1), wanted if header.attempt == attempt else missing)
+                commit = Commit((Token(1),), wanted if header.attempt == attempt else missing)
                 machine.transfers.committed(header, commit)
         except BadFrame:
             was_accepted = False
@@ -163,6 +169,90 @@ def test_a_duplicate_frame_is_accepted_and_writes_nothing() -> None:
     again = machine.fill(header)
     assert again.gaps == ()
     assert again.transfer.num_bytes == 16 * LAYOUT.planes[0].row_bytes
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_move_is_claimed_when_the_rows_of_its_tokens_are_there_in_whatever_order(seed: int) -> None:
+    rng = random.Random(seed)
+    machine, num_prompt, num_written = Machine(), 40, 100
+    transfer_id = machine.reserve(extents(16, num_written), open_from=num_prompt)
+    num_tokens = rng.randint(1, num_written - num_prompt + 1)
+    wanted = extents(16, num_prompt + num_tokens - 1)
+    mail = [frame(transfer_id, FrameKind.FILL, e) for e in cut(rng, wanted)]
+    mail.append(frame(transfer_id, FrameKind.COMMIT))
+    rng.shuffle(mail)
+    for header in mail:
+        assert machine.transfers.find(transfer_id).state is not HandoffState.CLAIMED  # type: ignore[union-attr]
+        if header.kind is FrameKind.FILL:
+            machine.fill(header)
+        else:
+            machine.transfers.committed(header, Commit((Token(1),) * num_tokens, wanted))
+    assert machine.transfers.find(transfer_id).state is HandoffState.CLAIMED, f"seed {seed}"  # type: ignore[union-attr]
+    machine.transfers.committed(mail[0], Commit((Token(1),) * num_tokens, wanted))  # again, changes nothing
+
+
+@pytest.mark.parametrize("end", [39, 41, 44, 100])
+def test_a_commit_that_rests_on_other_rows_than_its_tokens_need_is_refused(end: int) -> None:
+    machine = Machine()
+    transfer_id = machine.reserve(extents(0, 100), open_from=40)
+    with refused(Refusal.WRONG_EXTENTS):
+        machine.commit(transfer_id, extents(0, end), num_tokens=4)
+    machine.commit(transfer_id, extents(0, 43), num_tokens=4)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+def test_only_a_move_brings_more_tokens_than_one(num_tokens: int) -> None:
+    machine, missing = Machine(), extents(0, 16)
+    transfer_id = machine.reserve(missing)
+    with refused(Refusal.WRONG_EXTENTS):
+        machine.commit(transfer_id, missing, num_tokens=num_tokens)
+    move = machine.reserve(missing, open_from=16)
+    with refused(Refusal.WRONG_EXTENTS):
+        machine.commit(move, missing, num_tokens=0)
+
+
+def test_rows_beyond_a_move_are_refused() -> None:
+    machine = Machine()
+    transfer_id = machine.reserve(extents(0, 100), open_from=40)
+    with refused(Refusal.OUT_OF_RANGE):
+        machine.fill(frame(transfer_id, FrameKind.FILL, Extent(0, 0, 90, 11)))
+
+
+def test_a_prompt_alone_completes_a_rearmed_move() -> None:
+    machine = Machine()
+    transfer_id = machine.reserve(extents(0, 100), open_from=40)
+    machine.fill(frame(transfer_id, FrameKind.FILL, Extent(0, 0, 30, 50)))
+    rest = clipped(machine.transfers.rearm(transfer_id, 2, machine.clock.now() + 10), 40)
+    assert rest[0] == Extent(0, 0, 0, 30)
+    for extent in rest:
+        machine.fill(frame(transfer_id, FrameKind.FILL, extent, attempt=2, sender=P2))
+    machine.commit(transfer_id, rest, attempt=2, sender=P2)
+    assert machine.transfers.find(transfer_id).state is HandoffState.CLAIMED  # type: ignore[union-attr]
+
+
+def test_what_a_sender_left_waits_for_another_attempt_and_refuses_its_own() -> None:
+    machine, missing = Machine(), extents(0, 32)
+    transfer_id = machine.reserve(missing)
+    machine.fill(frame(transfer_id, FrameKind.FILL, missing[0]))
+    assert machine.transfers.abandon(transfer_id) is not None
+    with refused(Refusal.LATE):
+        machine.fill(frame(transfer_id, FrameKind.FILL, missing[1]))
+    rest = machine.transfers.rearm(transfer_id, 2, machine.clock.now() + 10)
+    assert rest == normalised(missing[1:])
+    for extent in rest:
+        machine.fill(frame(transfer_id, FrameKind.FILL, extent, attempt=2))
+    machine.commit(transfer_id, rest, attempt=2)
+    assert machine.transfers.abandon(transfer_id) is None
+    assert machine.transfers.find(transfer_id).state is HandoffState.CLAIMED  # type: ignore[union-attr]
+
+
+def test_what_a_sender_left_and_nobody_took_up_ends_at_the_deadline() -> None:
+    machine = Machine()
+    transfer_id = machine.reserve(extents(0, 32), fill_s=10)
+    machine.transfers.abandon(transfer_id)
+    assert machine.transfers.expire() == []
+    machine.clock.time += 10
+    assert [failed.transfer_id for failed in machine.transfers.expire()] == [transfer_id]
 
 
 def test_a_fully_cached_prompt_needs_only_the_commit() -> None:

@@ -90,10 +90,12 @@ class DecodeSide:
     def __exit__(self, *_: object) -> None:
         self.receiver.close()
 
-    def reserve(self, table: list[int], missing: tuple[Extent, ...], fill_s: float = 10.0) -> TransferTarget:
+    def reserve(
+        self, table: list[int], missing: tuple[Extent, ...], fill_s: float = 10.0, open_from: int | None = None
+    ) -> TransferTarget:
         transfer_id = new_transfer_id()
         deadline = time.monotonic() + fill_s
-        self.receiver.reserve(Reservation(transfer_id, 1, "request", tuple(table), missing, deadline))
+        self.receiver.reserve(Reservation(transfer_id, 1, "request", tuple(table), missing, deadline, open_from))
         return self.target(transfer_id, 1, missing)
 
     def target(self, transfer_id: str, attempt: int, missing: tuple[Extent, ...]) -> TransferTarget:
