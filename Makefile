@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test oracle check lint types imports proto containers stubs format clean
+.PHONY: help env demo test oracle chaos check lint types imports proto containers stubs format clean
 
 help: ## show the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,13 @@ test: check ## static checks and every test that needs no GPU
 ORACLE_SEEDS ?= 8
 oracle: $(READY) ## every architecture against transformers; ORACLE_SEEDS=20 tries more configurations
 	@ORACLE_SEEDS=$(ORACLE_SEEDS) $(BIN)/python -m pytest tests/oracle $(PYTEST_ARGS)
+
+CHAOS_SECONDS ?= 1200
+CHAOS_FLUSHING ?= 60
+CHAOS_FLUSH_EVERY ?= 10
+chaos: $(READY) ## kills, freezes and restarts under load for 20 minutes; CHAOS_SECONDS=180 is what `make test` does
+	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_FLUSHING=$(CHAOS_FLUSHING) CHAOS_FLUSH_EVERY=$(CHAOS_FLUSH_EVERY) \
+		$(BIN)/python -m pytest tests/chaos -s $(PYTEST_ARGS)
 
 check: lint types imports proto containers ## all static checks
 

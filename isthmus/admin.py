@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -69,7 +70,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         limit = request.limit or _DEFAULT_LEDGER_EVENTS
         events = self._hooks.ledger.read(request_id=request.request_id, limit=limit)
         messages = [admin_pb2.LedgerEvent(**dataclasses.asdict(event)) for event in events]
-        return admin_pb2.LedgerResponse(incarnation=self.identity.incarnation, events=messages)
+        return admin_pb2.LedgerResponse(
+            incarnation=self.identity.incarnation,
+            events=messages,
+            monotonic_ns=time.monotonic_ns(),
+            name=self.identity.name,
+            role=self.identity.role,
+        )
 
     async def drain(self, timeout_s: float) -> int:
         """Stops admission at once, then waits at most `timeout_s`; what is left at the end."""

@@ -45,9 +45,9 @@ class Ledger:
             )
 
     def read(self, *, request_id: str = "", limit: int = 1000) -> list[LedgerEvent]:
-        """The newest `limit` events, oldest first; of one request when an id is given."""
+        """The newest `limit` events, oldest first; of one request, or of the transfer that has this id."""
         with self._lock:
             events = list(self._events)
         if request_id:
-            events = [event for event in events if event.request_id == request_id]
+            events = [event for event in events if request_id in (event.request_id, event.transfer_id)]
         return events[-limit:]

@@ -25,6 +25,16 @@ _COMMON = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+_CHANNEL = [
+    *_COMMON,
+    ("grpc.max_receive_message_length", INTERNAL_RECEIVE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
 
 
 def create_server(*, max_receive_bytes: int = INTERNAL_RECEIVE_BYTES) -> grpc.aio.Server:
@@ -42,17 +52,12 @@ def create_server(*, max_receive_bytes: int = INTERNAL_RECEIVE_BYTES) -> grpc.ai
 
 def channel(address: str) -> grpc.aio.Channel:
     """A connection of its own to `address`: it reconnects by itself, retries no call, ignores HTTP proxies."""
-    options = [
-        *_COMMON,
-        ("grpc.max_receive_message_length", INTERNAL_RECEIVE_BYTES),
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.enable_retries", 0),
-        ("grpc.enable_http_proxy", 0),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1000),
-    ]
-    return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.insecure_channel(address, options=_CHANNEL)
+
+
+def blocking_channel(address: str) -> grpc.Channel:
+    """As `channel`, for threads."""
+    return grpc.insecure_channel(address, options=_CHANNEL)
 
 
 def bind_grpc(server: grpc.aio.Server, host: str, port: int) -> int:

@@ -1,4 +1,4 @@
-"""The `isthmus` command: up, generate, status, model, demo."""
+"""The `isthmus` command: up, generate, status, explain, model, demo."""
 
 import asyncio
 import os
@@ -7,14 +7,20 @@ from collections.abc import Sequence
 
 import grpc.aio
 
-from isthmus.cli import arguments, demo, generate, model, status, up
+from isthmus.cli import arguments, demo, explain, generate, model, status, up
 from isthmus.cli.supervisor import StackFailed
 from isthmus.config import EXIT_CANNOT_START
 from isthmus.errors import CannotStart, IsthmusError
 from isthmus.rpc_errors import error_from_rpc
 
 EXIT_UNREAD = 141  # as a shell reports SIGPIPE
-_COMMANDS = {"up": up.run, "generate": generate.run, "status": status.run, "demo": demo.run}
+_COMMANDS = {
+    "up": up.run,
+    "generate": generate.run,
+    "status": status.run,
+    "explain": explain.run,
+    "demo": demo.run,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_up(commands.add_parser("up", help="run the local stack until Ctrl-C"))
     _add_generate(commands.add_parser("generate", help="stream the answer to a prompt"))
     _add_status(commands.add_parser("status", help="show pools, health and load of a running stack"))
+    _add_explain(commands.add_parser("explain", help="show what became of one request, in every process"))
     _add_model(commands.add_parser("model", help="fetch a model, or tell whether it can be served"))
     demo = commands.add_parser("demo", help="start a stack, stream a few prompts, print what was measured, stop it")
     _add_stack(demo)
@@ -92,7 +93,7 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the text to go on from; '-' reads it from standard input")
-    parser.add_argument("--router", metavar="ADDR", help="host:port of a router [a temporary stack]")
+    parser.add_argument("--router", metavar="ADDR[,ADDR]", help="host:port of routers [a temporary stack]")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="[to the end of the context]")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token [1.0]")
@@ -122,6 +123,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router", metavar="ADDR", help="host:port of a router [the newest local stack]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("request_id", metavar="REQUEST_ID", help="as `accepted` and `generate --json` give it")
+    parser.add_argument("--router", metavar="ADDR[,ADDR]", help="host:port of routers [the newest local stack]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

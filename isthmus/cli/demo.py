@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,9 @@ from isthmus.cli.screen import Screen, open_screen
 from isthmus.cli.state import is_running, note_of
 from isthmus.cli.table import table
 from isthmus.cli.temporary import temporary_stack
-from isthmus.client import Client, Generation
+from isthmus.client import AsyncClient, Generation, Message
 from isthmus.errors import IsthmusError
 from isthmus.types import FinishReason
-from isthmus.v1 import inference_pb2, types_pb2
 
 _TIMEOUT_S = 120.0
 _HEADER = "request;prompt;cached;generated;TTFT ms;ITL p50;p99 ms;KiB moved;blocks;exposed ms;served by".split(";")
@@ -40,7 +38,7 @@ class Exchange:
 
     title: str
     question: str
-    generation: Generation = field(default_factory=Generation)
+    generation: Generation = field(default_factory=lambda: Generation(seed=0))  # its stream's, once there is one
     error: IsthmusError | None = None
 
 
@@ -61,7 +59,7 @@ async def run(parsed: argparse.Namespace) -> int:
     out.flush()
     async with temporary_stack(arguments.stack_flags(parsed)) as stack:
         out.write(f"ready: {_processes(stack)}\n\n")
-        async with Client(stack["routers"][0]["grpc"]) as client:
+        async with AsyncClient(stack["routers"][0]["grpc"]) as client:
             with open_screen(out) as screen:
                 exchanges = await _ask_all(client, screen)
     out.write("\n" + table(_HEADER, [_row(exchange) for exchange in exchanges], right=range(1, 10)))
@@ -71,7 +69,7 @@ async def run(parsed: argparse.Namespace) -> int:
     return 1 if failed or left else 0
 
 
-async def _ask_all(client: Client, screen: Screen) -> list[Exchange]:
+async def _ask_all(client: AsyncClient, screen: Screen) -> list[Exchange]:
     """All conversations at once; in the order they are listed."""
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(_converse(client, ask, screen)) for ask in _ASKS]
@@ -81,29 +79,27 @@ async def _ask_all(client: Client, screen: Screen) -> list[Exchange]:
     return [exchange for task in running for exchange in task.result()]
 
 
-async def _converse(client: Client, ask: Ask, screen: Screen) -> list[Exchange]:
-    said = [inference_pb2.ChatMessage(role="system", content=ask.system)] if ask.system else []
+async def _converse(client: AsyncClient, ask: Ask, screen: Screen) -> list[Exchange]:
+    said: list[Message] = [{"role": "system", "content": ask.system}] if ask.system else []
     exchanges: list[Exchange] = []
     for number, question in enumerate(ask.turns, start=1):
         title = ask.title if len(ask.turns) == 1 else f"{ask.title}, turn {number}"
         exchange = Exchange(title, question)
         exchanges.append(exchange)
-        said.append(inference_pb2.ChatMessage(role="user", content=question))
+        said.append({"role": "user", "content": question})
         await _exchange(client, ask, said, exchange, screen)
-        said.append(inference_pb2.ChatMessage(role="assistant", content=exchange.generation.text))
+        said.append({"role": "assistant", "content": exchange.generation.text})
     return exchanges
 
 
-async def _exchange(
-    client: Client, ask: Ask, said: list[inference_pb2.ChatMessage], exchange: Exchange, screen: Screen
-) -> None:
-    sampling = types_pb2.SamplingParams(max_tokens=ask.max_tokens, temperature=ask.temperature, seed=ask.seed)
-    request = inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=said), sampling=sampling)
-    texts = client.generate(request, exchange.generation, timeout_s=_TIMEOUT_S)
+async def _exchange(client: AsyncClient, ask: Ask, said: list[Message], exchange: Exchange, screen: Screen) -> None:
+    stream = client.generate(
+        chat=said, max_tokens=ask.max_tokens, temperature=ask.temperature, seed=ask.seed, timeout_s=_TIMEOUT_S
+    )
+    exchange.generation = stream.result
     try:
-        async with contextlib.aclosing(texts):
-            async for _ in texts:
-                screen.progress(exchange.title, exchange.generation.text)
+        async for _ in stream:
+            screen.progress(exchange.title, exchange.generation.text)
     except IsthmusError as error:
         exchange.error = error
 
@@ -113,8 +109,7 @@ def _answer(exchange: Exchange) -> str:
 
 
 def _is_whole(exchange: Exchange) -> bool:
-    finished = exchange.generation.as_dict()["finish_reason"]
-    return exchange.error is None and finished in (FinishReason.STOP.value, FinishReason.LENGTH.value)
+    return exchange.error is None and exchange.generation.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
 
 
 def _row(exchange: Exchange) -> list[str]:

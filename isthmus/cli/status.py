@@ -12,7 +12,7 @@ from isthmus.cli import redis_server
 from isthmus.cli.probe import Probe
 from isthmus.cli.state import newest_stack
 from isthmus.cli.table import table
-from isthmus.client import fields_of
+from isthmus.client.generation import fields_of
 from isthmus.errors import WorkersUnavailable
 from isthmus.v1 import admin_pb2
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import select
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +22,7 @@ from isthmus.config import worker_environment
 from isthmus.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, types_pb2
 
 READY_TIMEOUT_S = 90.0
+POOLS = ("routers", "prefill", "decode", "redis")
 
 
 class Stack:
@@ -31,7 +34,15 @@ class Stack:
 
     @property
     def router(self) -> str:
-        return self.ready["routers"][0]["grpc"]
+        return self.routers[0]
+
+    @property
+    def routers(self) -> list[str]:
+        return [entry["grpc"] for entry in self.ready["routers"]]
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.ready["logs"])
 
     @property
     def redis_url(self) -> str:
@@ -40,8 +51,23 @@ class Stack:
     def services(self, role: str) -> list[dict[str, Any]]:
         return self.ready[role]
 
+    def current(self) -> list[dict[str, Any]]:
+        """Every process with its `pool` as the supervisor sees it now: pids change over restarts, addresses do not."""
+        now = json.loads((self.logs.parent / "stack.json").read_text(encoding="utf-8"))
+        return [{**entry, "pool": pool} for pool in POOLS for entry in now[pool]]
+
+    def process_named(self, name: str) -> dict[str, Any]:
+        return next(entry for entry in self.current() if entry["name"] == name)
+
+    def send(self, name: str, number: signal.Signals) -> None:
+        """To the process that has this name now; nothing happens while it is between two lives."""
+        pid = self.process_named(name)["pid"]
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def pids(self) -> list[int]:
-        return [entry["pid"] for role in ("routers", "prefill", "decode", "redis") for entry in self.ready[role]]
+        return [entry["pid"] for pool in POOLS for entry in self.ready[pool]]
 
     def stop(self, timeout_s: float = 10.0) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -194,9 +220,10 @@ def request(prompt: str | Sequence[int | tuple[str, str]], **sampling: Any) -> i
     return message
 
 
-async def status(address: str) -> admin_pb2.GetStatusResponse:
+async def status(address: str, timeout_s: float = 5.0) -> admin_pb2.GetStatusResponse:
     async with grpc.aio.insecure_channel(address) as channel:
-        return await admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=5)
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        return await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s)
 
 
 async def ledger(address: str, request_id: str = "") -> list[admin_pb2.LedgerEvent]:

@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import json
+import signal
 import struct
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 
 from isthmus.cli import main
@@ -18,15 +21,35 @@ LOGPROB = struct.unpack("<f", struct.pack("<f", -0.31))[0]
 
 
 class Router(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(self) -> None:
+    def __init__(self, *, loses: int | None = None, hangs: bool = False) -> None:
+        self.loses, self.hangs = loses, hangs  # the stream after so many tokens; after the first
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.resumes: list[tuple[str, int]] = []
+        self.cancelled: list[str] = []
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:  # noqa: N802
         self.requests.append(request)
         if request.sampling.top_p > 1:
             raise InvalidRequest.of("sampling.top_p", request.sampling.top_p, "(0, 1]")
-        yield inference_pb2.GenerateResponse(accepted=inference_pb2.Accepted(request_id="r-1", seed=2**64 - 1))
-        for index, text in enumerate(["Hel", "lo"]):
+        async for response in self.stream(0, context):
+            yield response
+
+    async def Resume(self, request: Any, context: Any) -> AsyncIterator[inference_pb2.ResumeResponse]:  # noqa: N802
+        self.resumes.append((request.request_id, request.next_index))
+        async for response in self.stream(request.next_index, context):
+            yield inference_pb2.ResumeResponse.FromString(response.SerializeToString())
+
+    async def Cancel(self, request: Any, context: Any) -> inference_pb2.CancelResponse:  # noqa: N802
+        self.cancelled.append(request.request_id)
+        return inference_pb2.CancelResponse(found=True)
+
+    async def stream(self, start: int, context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        yield inference_pb2.GenerateResponse(accepted=inference_pb2.Accepted(request_id="r-1"))
+        for index, text in list(enumerate(["Hel", "lo"]))[start:]:
+            if index == self.loses:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+            if index == 1 and self.hangs:
+                await asyncio.Event().wait()
             top = [types_pb2.TopLogprob(id=5, logprob=LOGPROB)]
             token = types_pb2.Token(id=index + 5, logprob=LOGPROB, top_logprobs=top)
             yield inference_pb2.GenerateResponse(
@@ -71,9 +94,10 @@ async def test_text_is_streamed_and_ends_with_a_newline(capsys: pytest.CaptureFi
 
 
 async def test_json_is_one_object_with_exact_floats(capsys: pytest.CaptureFixture[str]):
-    assert await generate(Router(), "--json", "--logprobs", "1") == 0
+    assert await generate(Router(), "--json", "--logprobs", "1", "--seed", str(2**64 - 1)) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert list(shown) == "request_id seed text token_ids logprobs finish_reason usage timings workers".split()
+    keys = "request_id seed text token_ids logprobs finish_reason usage timings workers"
+    assert list(shown) == [*keys.split(), "num_attempts", "num_resumes", "request_ids"]
     assert (shown["request_id"], shown["seed"], shown["text"]) == ("r-1", 2**64 - 1, "Hello!")
     assert (shown["token_ids"], shown["finish_reason"]) == ([5, 6], "stop")
     assert shown["logprobs"][0] == {"logprob": LOGPROB, "top": [{"id": 5, "logprob": LOGPROB}]}
@@ -99,6 +123,30 @@ async def test_value_the_message_cannot_hold_is_refused_here(capsys: pytest.Capt
 def test_absent_router_is_named(capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "Hi", "--router", "127.0.0.1:1"]) == 1
     assert "no router answers at 127.0.0.1:1" in capsys.readouterr().err
+
+
+async def test_a_router_lost_on_the_way_is_not_seen(capsys: pytest.CaptureFixture[str]):
+    first, second = Router(loses=1), Router()
+    async with router(first) as here, router(second) as there:
+        assert await asyncio.to_thread(main, ["generate", "Hi", "--router", f"{here},{there}", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["text"], shown["token_ids"], shown["num_resumes"]) == ("Hello!", [5, 6], 1)
+    assert shown["seed"] == first.requests[0].sampling.seed
+    assert second.resumes == [("r-1", 1)]
+
+
+async def test_ctrl_c_cancels_the_request():
+    servicer = Router(hangs=True)
+    async with router(servicer) as address:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "isthmus.cli", "generate", "Hi", "--router", address),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert await process.stdout.readexactly(3) == b"Hel"
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 10) == 130
+    assert servicer.cancelled == ["r-1"]
 
 
 def test_bundled_model_has_a_path(capsys: pytest.CaptureFixture[str]):

@@ -1,0 +1,21 @@
+"""The client library: generation as a stream that outlives routers and workers. `Client` blocks, `AsyncClient` awaits.
+
+Errors are the types of isthmus/errors.py. See docs/client.md.
+"""
+
+from isthmus.client.aio import AsyncClient, AsyncStream
+from isthmus.client.blocking import Client, Stream
+from isthmus.client.generation import Chunk, Generation
+from isthmus.client.options import RETENTION_S, GenerateOptions, Message
+
+__all__ = [
+    "RETENTION_S",
+    "AsyncClient",
+    "AsyncStream",
+    "Chunk",
+    "Client",
+    "GenerateOptions",
+    "Generation",
+    "Message",
+    "Stream",
+]
