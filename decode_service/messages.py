@@ -18,7 +18,10 @@ def step_tokens(step: int, group: Sequence[tuple[Stream, Sequence[Token]]]) -> R
     """One message for all of a router's streams: of each, tokens from `num_sent` on."""
     streams = [
         decode_pb2.StreamTokens(
-            request_id=stream.request_id, index=stream.num_sent, tokens=[token_to_proto(token) for token in tokens]
+            request_id=stream.request_id,
+            counter=stream.attach.counter,
+            index=stream.num_sent,
+            tokens=[token_to_proto(token) for token in tokens],
         )
         for stream, tokens in group
     ]
@@ -29,6 +32,7 @@ def stream_ended(stream: Stream, ended: Ended) -> Response:
     return Response(
         ended=decode_pb2.StreamEnded(
             request_id=stream.request_id,
+            counter=stream.attach.counter,
             finish_reason=finish_reason_to_proto(ended.finish_reason),
             num_tokens=len(stream.token_ids),
             reason=ended.reason,
@@ -37,10 +41,11 @@ def stream_ended(stream: Stream, ended: Ended) -> Response:
     )
 
 
-def refused(request_id: str, error: IsthmusError) -> Response:
+def refused(request_id: str, counter: int, error: IsthmusError) -> Response:
     return Response(
         refused=decode_pb2.Refused(
             request_id=request_id,
+            counter=counter,
             reason=error.reason,
             detail=error.detail,
             retry_after_ms=int((error.retry_after_s or 0) * 1000),
@@ -54,6 +59,7 @@ def transfer_failed(stream: Stream, failure: FailedTransfer) -> Response:
             request_id=stream.request_id,
             transfer_id=stream.transfer_id,
             attempt=failure.attempt,
+            counter=stream.attach.counter,
             missing=map(extent_to_proto, clipped(failure.missing, stream.num_prompt_tokens)),
             reason=failure.reason,
         )

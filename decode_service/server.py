@@ -103,14 +103,14 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             session.close()
 
     def _follow(self, message: decode_pb2.SessionRequest, session: RouterSession) -> None:
-        request_id = ""
+        request_id, counter = "", 0
         try:
             match message.WhichOneof("message"):
                 case "reserve":
-                    request_id = message.reserve.request.request_id
+                    request_id, counter = message.reserve.request.request_id, message.reserve.attach.counter
                     self._reserve(message.reserve, session)
                 case "rearm":
-                    request_id = message.rearm.request_id
+                    request_id, counter = message.rearm.request_id, message.rearm.attach.counter
                     self._rearm(message.rearm, session)
                 case "attach":
                     request_id = message.attach.request_id
@@ -125,7 +125,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
                 case other:
                     raise InvalidRequest.of("message", other, "reserve, rearm, attach, cancel, release, move")
         except IsthmusError as error:
-            session.send(messages.refused(request_id, error))
+            session.send(messages.refused(request_id, counter, error))
 
     def _reserve(self, reserve: decode_pb2.Reserve, session: RouterSession) -> None:
         is_retained = reserve.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN
@@ -137,6 +137,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         stream = self._streams.reserve(request_from_proto(reserve.request), _key(reserve.attach), session, terms)
         reserved = decode_pb2.Reserved(
             request_id=stream.request_id,
+            counter=stream.attach.counter,
             transfer_id=stream.transfer_id,
             attempt=stream.attempt,
             zmq_endpoint=self._identity.zmq_endpoint,

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from enum import Enum
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 

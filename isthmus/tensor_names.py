@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint import Checkpoint, TensorEntry
 from isthmus.errors import CannotStart
 from isthmus.model_config import Experts, ModelConfig
 from isthmus.model_families import Bias
@@ -20,34 +19,17 @@ _RECOMPUTED: Final = re.compile(r"\.rotary_emb\.inv_freq$")
 _LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-class Stored(Protocol):
-    """What the header of a file says of a tensor."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TensorNames:
-    """Of a checkpoint whose tensors were checked."""
-
-    draft: tuple[str, ...]  # model.layers.{num_layers + i}.*: recognised, checked, not loaded
+def check_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The draft tensors. Raises CannotStart listing every missing, unexpected, misshapen and unreadable tensor."""
+    faults, draft = find_faults(checkpoint.config, checkpoint.tensors)
+    if faults:
+        mend = "use weights that belong to this config.json"
+        raise CannotStart("model", f"{checkpoint.path}: {'; '.join(faults)}", mend)
+    return draft
 
 
-def check_tensors(checkpoint: Checkpoint) -> TensorNames:
-    """Raises CannotStart listing every missing, unexpected, misshapen and unreadable tensor at once."""
-    names = find_faults(checkpoint.config, checkpoint.tensors)
-    if isinstance(names, TensorNames):
-        return names
-    mend = "use weights that belong to this config.json"
-    raise CannotStart("model", f"{checkpoint.path}: {'; '.join(names)}", mend)
-
-
-def find_faults(config: ModelConfig, tensors: Mapping[str, Stored]) -> TensorNames | list[str]:
-    """The names, or a line for each kind of fault."""
+def find_faults(config: ModelConfig, tensors: Mapping[str, TensorEntry]) -> tuple[list[str], tuple[str, ...]]:
+    """A line for each kind of fault; the draft tensors (model.layers.{num_layers + i}.*), which nobody loads."""
     # A block of no width (no shared experts) may be stored as empty tensors.
     present = {name: entry for name, entry in tensors.items() if 0 not in entry.shape and not _RECOMPUTED.search(name)}
     required = model_shapes(config)
@@ -80,7 +62,7 @@ def find_faults(config: ModelConfig, tensors: Mapping[str, Stored]) -> TensorNam
             ],
         ),
     ]
-    return faults or TensorNames(tuple(name for name in {**draft, **optional_draft} if name in present))
+    return faults, tuple(name for name in {**draft, **optional_draft} if name in present)
 
 
 def model_shapes(config: ModelConfig) -> Shapes:
@@ -172,7 +154,7 @@ def _optional_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
-def _scale_shapes(known: Shapes, present: Mapping[str, Stored]) -> Shapes:
+def _scale_shapes(known: Shapes, present: Mapping[str, TensorEntry]) -> Shapes:
     """Of the matrices that are stored as FP8: a scale for each 128 x 128 block, the last ones ragged."""
     return {
         f"{name}_scale_inv": (-(-known[name][0] // _BLOCK), -(-known[name][1] // _BLOCK))

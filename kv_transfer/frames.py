@@ -41,7 +41,7 @@ Buffer = bytes | bytearray | memoryview
 
 class FrameKind(Enum):
     FILL = 1  # P to D: rows of one plane and layer
-    COMMIT = 2  # P to D: token 0 and the extents it rests on
+    COMMIT = 2  # to D: the tokens so far and the extents they rest on
     ABORT = 3  # either way: the transfer ends, or this frame was refused
     ACK = 4  # D to P: names the frames it accepts and grants credit
     CREDIT = 5  # P asks for credit; D grants the first

@@ -133,7 +133,7 @@ class Attempt:
                 if self._delivery.finish_reason is None:
                     self._take_early_end(event)
             case Failed():
-                raise AttemptFailed("decode", event.error, was_computing=self.has_claim)
+                raise AttemptFailed("decode", event.error, was_computing=self.has_claim and not self.is_leaving)
             case _:
                 raise AssertionError(f"{type(event).__name__} is not decode's to send")
 

@@ -82,6 +82,7 @@ class DecodeStream:
         """The worker's word on this stream alone."""
         match said:
             case decode_pb2.Reserved() | decode_pb2.Attached():
+                self.counter = said.attach.counter if isinstance(said, decode_pb2.Attached) else self.counter
                 _answer(self.answer, said)
             case decode_pb2.Rearmed():
                 _answer(self.rearmed, said)

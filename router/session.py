@@ -116,7 +116,6 @@ class Session:
         attach = decode_pb2.Attach(request_id=request_id, attach=self.attach_id(0), next_index=next_index)
         message = decode_pb2.SessionRequest(attach=attach)
         stream = await self._ask(message, request_id, 0, source, ANSWER_TIMEOUT_S)
-        stream.counter = stream.attached.attach.counter
         stream.next_index = next_index
         return stream
 
@@ -271,7 +270,8 @@ class Session:
         match message.WhichOneof("message"):
             case "step":
                 for tokens in message.step.streams:
-                    if stream := self._streams.get(tokens.request_id):
+                    stream = self._streams.get(tokens.request_id)
+                    if stream is not None and stream.counter == tokens.counter:
                         stream.hear(tokens)
             case "leaving":
                 self.is_leaving = True
@@ -287,5 +287,7 @@ class Session:
                 _log.warning("session.unexpected", worker=self.peer.decode_name, message=other)
 
     def _tell(self, request_id: str, said: Said) -> None:
-        if stream := self._streams.get(request_id):
+        """What is said of an earlier reservation of the request is passed over."""
+        stream = self._streams.get(request_id)
+        if stream is not None and getattr(said, "counter", stream.counter) == stream.counter:
             stream.take(said)

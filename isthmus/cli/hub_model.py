@@ -1,7 +1,8 @@
 """What only the command line asks of the hub: the commit to pin, and the headers of weight files not fetched."""
 
-from typing import NamedTuple
+from pathlib import Path
 
+from isthmus.checkpoint import TensorEntry
 from isthmus.hub import HubId, fetch, named_failures, parse_id
 
 
@@ -14,23 +15,16 @@ def pinned(model: str) -> str:
     return model if hub_id is None else f"{hub_id.name}@{fetch(hub_id.name, revision=hub_id.revision).name}"
 
 
-class HeaderEntry(NamedTuple):
-    """What the header of a weight file on the hub says of one tensor."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-
-
-def fetch_headers(model_id: str, *, revision: str | None = None) -> dict[str, HeaderEntry]:
+def fetch_headers(model_id: str, *, revision: str | None = None) -> dict[str, TensorEntry]:
     """Name to entry, by ranged reads of each file's start; no weights are fetched. Raises CannotStart."""
     from huggingface_hub import get_safetensors_metadata
 
     with named_failures(HubId(model_id, revision)):
         files = get_safetensors_metadata(model_id, revision=revision).files_metadata
     return {
-        name: HeaderEntry(file, tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0])
+        name: TensorEntry(
+            Path(file), tensor.dtype, tuple(tensor.shape), tensor.data_offsets[1] - tensor.data_offsets[0]
+        )
         for file, metadata in files.items()
         for name, tensor in metadata.tensors.items()
     }

@@ -8,32 +8,19 @@ from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from isthmus import hub
-from isthmus.checkpoint import read_tensors, resolve_model
+from isthmus.checkpoint import TensorEntry, read_tensors, resolve_model
 from isthmus.cli.hub_model import fetch_headers
 from isthmus.errors import CannotStart
 from isthmus.kv_layout import DTYPE_BYTES, KvLayout, Plane, PlaneKind
 from isthmus.model_config import ModelConfig, parse_config, token_ids
-from isthmus.tensor_names import TensorNames, find_faults, model_shapes
+from isthmus.tensor_names import find_faults, model_shapes
 from isthmus.tokenizer import NoTokenizer, Tokenizer
 
 _FP8: Final = "F8_E4M3"
 _CANNOT_START: Final = "cannot start: model: "
-
-
-class Stored(Protocol):
-    """What the header of a weight file says of a tensor."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def num_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +101,10 @@ def check_model(model: str, plan: Plan) -> Report:
     _look_at_text(folder, report)
     _look_at_eos(folder, raw, report)
     if tensors is not None:
-        names = None if report.config is None else find_faults(report.config, tensors)
-        for fault in names if isinstance(names, list) else ():
+        faults, draft = ([], ()) if report.config is None else find_faults(report.config, tensors)
+        for fault in faults:
             report.refuse(fault)
-        report.weights = _weights(tensors, names.draft if isinstance(names, TensorNames) else ())
+        report.weights = _weights(tensors, () if faults else draft)
     if report.config is not None:
         report.parameters = _parameters(report.config)
         report.serving = _serving(report.config, plan, tensors or {})
@@ -144,7 +131,7 @@ def _has_weights(folder: Path) -> bool:
     return all((folder / name).exists() for name in names or {"model.safetensors"})
 
 
-def _tensors(folder: Path, remote: hub.HubId | None, report: Report) -> Mapping[str, Stored] | None:
+def _tensors(folder: Path, remote: hub.HubId | None, report: Report) -> Mapping[str, TensorEntry] | None:
     with _reasons(report):
         if remote is not None:
             return fetch_headers(remote.name, revision=remote.revision)
@@ -188,7 +175,7 @@ def _look_at_eos(folder: Path, raw: Mapping[str, Any], report: Report) -> None:
     report.eos_token_ids = token_ids(chosen) or token_ids(raw.get("eos_token_id"))
 
 
-def _weights(tensors: Mapping[str, Stored], draft: Collection[str]) -> Weights:
+def _weights(tensors: Mapping[str, TensorEntry], draft: Collection[str]) -> Weights:
     return Weights(
         num_tensors=len(tensors),
         num_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
@@ -207,7 +194,7 @@ def _parameters(config: ModelConfig) -> Parameters:
     return Parameters(total, total - routed + routed * config.experts.num_per_token // config.experts.num_experts)
 
 
-def _serving(config: ModelConfig, plan: Plan, tensors: Mapping[str, Stored]) -> Serving:
+def _serving(config: ModelConfig, plan: Plan, tensors: Mapping[str, TensorEntry]) -> Serving:
     plane = Plane("latent", PlaneKind.APPEND_ONLY, config.num_layers, config.latent_elements, plan.dtype)
     layout = KvLayout("", (plane,), plan.block_size)
     keeps_fp8 = plan.device == "cuda" and any(tensor.dtype == _FP8 for tensor in tensors.values())
@@ -232,7 +219,7 @@ def _serving(config: ModelConfig, plan: Plan, tensors: Mapping[str, Stored]) -> 
     )
 
 
-def _fp8_bytes(name: str, tensors: Mapping[str, Stored]) -> int:
+def _fp8_bytes(name: str, tensors: Mapping[str, TensorEntry]) -> int:
     """With its scales."""
     return sum(tensors[stored].num_bytes for stored in (name, f"{name}_scale_inv") if stored in tensors)
 

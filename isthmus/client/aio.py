@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -46,6 +46,7 @@ class AsyncClient:
         self._router_timeout_s = router_timeout_s
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
+        self._background: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -58,6 +59,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Cancels what still runs."""
         await asyncio.gather(*(stream.aclose() for stream in list(self._streams)))
+        await asyncio.gather(*self._background, return_exceptions=True)
         for opened in self._channels.values():
             await opened.close()
 
@@ -112,6 +114,13 @@ class AsyncClient:
                             return True
         return False
 
+    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Bounded work that its caller does not wait for; `close` does. For AsyncStream."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
     async def _ask(self, method: str, request: Any) -> Any:
         attempts = self._attempts(UNARY_TIMEOUT_S)
         while True:
@@ -145,7 +154,8 @@ class AsyncStream:
         self._course = course
         self._call: Any = None
         self._responses: Any = None
-        self._read: asyncio.Future[Any] | None = None  # while the id is not known
+        self._read: asyncio.Future[Any] | None = None  # the first
+        self._telling: asyncio.Task[None] | None = None
         self._left = asyncio.Event()
 
     @property
@@ -194,14 +204,28 @@ class AsyncStream:
         if not course.cancel():
             return
         self._left.set()
-        request_id = await self._known_id()
-        if not request_id or not await self._client.cancel(request_id, course.attempts.router.address):
-            self._drop()
+        if course.live_id or self._read is None:
+            await self._tell(course.live_id)
+        else:
+            self._telling = self._client.in_background(self._tell_when_known(self._read))
 
     async def aclose(self) -> None:
         """Cancels it unless it has ended."""
         await self.cancel()
-        self._drop()
+        if self._telling is None:
+            self._drop()
+        else:
+            self._telling.add_done_callback(lambda _: self._drop())
+
+    async def _tell(self, request_id: str) -> None:
+        if not request_id or not await self._client.cancel(request_id, self._course.attempts.router.address):
+            self._drop()
+
+    async def _tell_when_known(self, read: asyncio.Future[Any]) -> None:
+        """The id may be on its way, and without it nobody could end the request."""
+        await asyncio.wait({read}, timeout=ID_TIMEOUT_S)
+        is_answered = read.done() and not read.cancelled() and read.exception() is None and read.result() is not None
+        await self._tell(read.result().accepted.request_id if is_answered else "")
 
     async def _next(self) -> Any:
         """None at the end. Until the id is there a read outlives its reader."""
@@ -217,14 +241,6 @@ class AsyncStream:
         if not self._course.is_over:
             raise await _status_of(self._call)
         return None
-
-    async def _known_id(self) -> str:
-        read = self._read
-        if not self._course.live_id and read is not None:
-            await asyncio.wait({read}, timeout=ID_TIMEOUT_S)
-            if read.done() and not read.cancelled() and read.exception() is None and read.result() is not None:
-                return read.result().accepted.request_id
-        return self._course.live_id
 
     async def _pause(self, delay_s: float) -> None:
         with contextlib.suppress(TimeoutError):

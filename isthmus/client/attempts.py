@@ -31,7 +31,7 @@ MAX_REFUSALS = 10  # of one request
 ROUTER_TIMEOUT_S = 30.0
 UNARY_TIMEOUT_S = 10.0
 CANCEL_TIMEOUT_S = 1.0
-ID_TIMEOUT_S = 0.1  # an id on its way when the caller leaves is waited for: without it nobody can end the request
+ID_TIMEOUT_S = 1.0  # an id on its way when the caller leaves is waited for: without it nobody can end the request
 _DETAILS_KEY = "grpc-status-details-bin"
 # What the C core reports when a connection, not a router, ended the call.
 _TRANSPORT = {

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from isthmus.model.linear import Fp8Linear, Linear
+from isthmus.model.rope import PositionTables
+from isthmus.model.step import StepRows
 from kernels import ref
 
 
@@ -30,26 +32,16 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """What every layer needs of a step's rows."""
-
-    num_rows: int
-    group: int  # rows of one product: the step's role
-    cos: Tensor  # [N, 1, R]
-    signed_sin: Tensor  # [N, 1, R]
-    query_scale: Tensor  # [N, 1, 1] fp32
-    slots: Tensor  # [num_rows] where each row's latent is stored
-
-
-@dataclass(frozen=True, slots=True)
 class Queries:
     q_nope_NHK: Tensor
     q_pe_NHR: Tensor  # rotated
     scale_N11: Tensor  # fp32, not yet applied
 
 
-def project_and_store(attention: Attention, x_ND: Tensor, rows: Rows, cache_SL: Tensor) -> Queries:
-    """Queries of the step's rows; their latents are in the cache when it returns."""
+def project_and_store(
+    attention: Attention, x_ND: Tensor, rows: StepRows, tables: PositionTables, cache_SL: Tensor
+) -> Queries:
+    """Queries of the step's rows, whose positions' tables are given; their latents are in the cache when it returns."""
     shape, group = attention.shape, rows.group
     x = ref.rms_norm(x_ND, attention.norm, eps=attention.norm_eps)
     qkv = attention.qkv_a.forward(x, group=group)
@@ -62,12 +54,12 @@ def project_and_store(attention: Attention, x_ND: Tensor, rows: Rows, cache_SL: 
     # The shared key rides along as one more head.
     k_pe = qkv.narrow(1, latent_start + shape.latent, shape.rope).unsqueeze(1)
     pe = torch.cat((q.narrow(2, shape.nope, shape.rope), k_pe), dim=1)
-    pe = ref.rotate(pe, rows.cos, rows.signed_sin).to(x.dtype)
+    pe = ref.rotate(pe, tables.cos, tables.signed_sin).to(x.dtype)
     latent = qkv.narrow(1, latent_start, shape.latent)
     latent = ref.rms_norm(latent, attention.kv_a_norm, eps=attention.latent_norm_eps)
     n = rows.num_rows
     ref.write_latents(cache_SL, rows.slots, latent.narrow(0, 0, n), pe.select(1, shape.num_heads).narrow(0, 0, n))
-    return Queries(q.narrow(2, 0, shape.nope), pe.narrow(1, 0, shape.num_heads), rows.query_scale)
+    return Queries(q.narrow(2, 0, shape.nope), pe.narrow(1, 0, shape.num_heads), tables.query_scale)
 
 
 def attend_prefill(attention: Attention, queries: Queries, cache_SL: Tensor, tiles: ref.PrefillTiles) -> Tensor:

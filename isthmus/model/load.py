@@ -14,7 +14,7 @@ from torch import Tensor
 from isthmus.checkpoint import Checkpoint
 from isthmus.model.attention import Attention
 from isthmus.model.mlp import DenseMlp, ExpertsMlp, Mlp, NormedMlp
-from isthmus.model.model import Layer, Model, Residual
+from isthmus.model.model import Layer, Model
 from isthmus.model.rope import position_tables
 from isthmus.model.weights import Part, Progress, Weights
 from isthmus.model_config import Experts, ModelConfig
@@ -38,10 +38,10 @@ def load_model(
 
     `keeps_fp8` None: block-FP8 matrices stay FP8 on a GPU and are dequantised on a CPU. Raises CannotStart.
     """
-    names = check_tensors(checkpoint)
+    draft_tensors = check_tensors(checkpoint)
     config = checkpoint.config
     keeps_fp8 = device.type == "cuda" if keeps_fp8 is None else keeps_fp8
-    with Weights(checkpoint, dtype, device, progress, keeps_fp8=keeps_fp8, left_out=names.draft) as weights:
+    with Weights(checkpoint, dtype, device, progress, keeps_fp8=keeps_fp8, left_out=draft_tensors) as weights:
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
             layers = tuple(threads.map(lambda layer: _layer(config, layer, weights), range(config.num_layers)))
         embedding = weights.tensor("model.embed_tokens.weight")
@@ -57,13 +57,8 @@ def load_model(
             norm=weights.tensor("model.norm.weight"),
             head=head.t(),
             tables=type(tables)(*(table.to(device) for table in tables)),
-            residual=_residual(config.residual_scale),
-            draft_tensors=names.draft,
+            residual=torch.add if config.residual_scale == 1.0 else partial(_add_scaled, config.residual_scale),
         )
-
-
-def _residual(scale: float) -> Residual:
-    return torch.add if scale == 1.0 else partial(_add_scaled, scale)
 
 
 def _add_scaled(scale: float, x: Tensor, block: Tensor) -> Tensor:
@@ -89,7 +84,7 @@ def _attention(config: ModelConfig, weights: Weights, layer: str) -> Attention:
     q_order = _rotary_order(config, num_heads=H, before=nope)
     q_a = Part(f"{prefix}q_a_proj") if has_q_lora else Part(f"{prefix}q_proj", q_order)
     kv_a = Part(f"{prefix}kv_a_proj_with_mqa", _rotary_order(config, num_heads=1, before=config.kv_lora_rank))
-    kv_b = weights.plain(f"{prefix}kv_b_proj")
+    kv_b = weights.plain(Part(f"{prefix}kv_b_proj"))
     kv_heads = kv_b.unflatten(0, (H, nope + config.v_head_dim))
     return Attention(
         norm=weights.tensor(f"{layer}input_layernorm.weight"),

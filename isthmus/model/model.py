@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.model.attention import Attention, Rows, attend_decode, attend_prefill, project_and_store
+from isthmus.model.attention import Attention, attend_decode, attend_prefill, project_and_store
 from isthmus.model.mlp import Mlp
 from isthmus.model.rope import PositionTables
 from isthmus.model.step import DecodeStep, PrefillStep, StepRows
@@ -37,7 +37,6 @@ class Model:
     head: Tensor  # [D, vocab]
     tables: PositionTables
     residual: Residual
-    draft_tensors: tuple[str, ...]  # names of MTP tensors the checkpoint carries
 
     def forward(
         self, step: PrefillStep | DecodeStep, caches: Sequence[Tensor], on_layer: Callable[[int], None]
@@ -46,10 +45,10 @@ class Model:
 
         `on_layer(l)` is called once layer l's latents are stored; what it raises ends the step.
         """
-        rows = self._rows(step.rows)
-        x = self.embedding.index_select(0, step.rows.token_ids) * self.embedding_scale
+        rows, tables = step.rows, self.tables.at(step.rows.positions)
+        x = self.embedding.index_select(0, rows.token_ids) * self.embedding_scale
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            queries = project_and_store(layer.attention, x, rows, cache)
+            queries = project_and_store(layer.attention, x, rows, tables, cache)
             on_layer(index)
             if isinstance(step, PrefillStep):
                 x = self.residual(x, attend_prefill(layer.attention, queries, cache, step.tiles))
@@ -57,17 +56,7 @@ class Model:
                 x = self.residual(x, attend_decode(layer.attention, queries, cache, step.pairs))
             normed = ref.rms_norm(x, layer.mlp_norm, eps=layer.mlp_norm_eps)
             x = self.residual(x, layer.mlp.forward(normed, rows.num_rows, group=rows.group))
-        return self._logits(x, step.rows)
-
-    def _rows(self, rows: StepRows) -> Rows:
-        return Rows(
-            num_rows=rows.num_rows,
-            group=rows.group,
-            cos=self.tables.cos.index_select(0, rows.positions).unsqueeze(1),
-            signed_sin=self.tables.signed_sin.index_select(0, rows.positions).unsqueeze(1),
-            query_scale=self.tables.query_scale.index_select(0, rows.positions).view(-1, 1, 1),
-            slots=rows.slots,
-        )
+        return self._logits(x, rows)
 
     def _logits(self, x_ND: Tensor, rows: StepRows) -> Tensor:
         """Of the rows the step asks for; the head takes DECODE_GROUP rows a product in both roles."""

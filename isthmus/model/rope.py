@@ -17,6 +17,11 @@ class PositionTables(NamedTuple):
     signed_sin: Tensor  # [context_length, R]
     query_scale: Tensor  # [context_length] fp32: 1 / sqrt(query elements) with every correction
 
+    def at(self, positions: Tensor) -> "PositionTables":
+        """Their rows, with a dimension for the heads: [N, 1, R] twice and [N, 1, 1]."""
+        cos, signed_sin, query_scale = (table.index_select(0, positions).unsqueeze(1) for table in self)
+        return PositionTables(cos, signed_sin, query_scale.unsqueeze(2))
+
 
 def position_tables(config: ModelConfig, dtype: torch.dtype) -> PositionTables:
     rope, dim = config.rope, config.qk_rope_head_dim

@@ -92,8 +92,9 @@ def prefill_step(chunks: Sequence[PrefillChunk], cache: CacheShape, device: torc
         np.concatenate(slots),
         group=TILE,
         logit_rows=[int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.needs_logits],
+        device=device,
     )
-    return PrefillStep(_to(rows, device), _prefill_tiles(chunks, tables, rows.token_ids.shape[0], cache, device))
+    return PrefillStep(rows, _prefill_tiles(chunks, tables, rows.token_ids.shape[0], cache, device))
 
 
 def decode_step(rows: Sequence[DecodeRow], cache: CacheShape, device: torch.device) -> DecodeStep:
@@ -101,52 +102,43 @@ def decode_step(rows: Sequence[DecodeRow], cache: CacheShape, device: torch.devi
     tiles = np.asarray([row.position // TILE + 1 for row in rows])
     order = np.argsort(-tiles, kind="stable")
     sorted_rows = [rows[index] for index in order]
-    pairs: list[ref.DecodePairs] = []
-    slots: list[np.ndarray] = []
+    parts: list[tuple[ref.DecodePairs, np.ndarray]] = []
     first = 0
     while first < len(rows):
         last = first + max(1, MAX_PAIRS // int(tiles[order[first]]))
-        part, own_slots = _decode_pairs(sorted_rows[first:last], cache, device)
-        pairs.append(part)
-        slots.append(own_slots)
+        parts.append(_decode_pairs(sorted_rows[first:last], cache, device))
         first = last
+    pairs, slots = zip(*parts, strict=True)
     step_rows = _step_rows(
         np.asarray([row.token_id for row in sorted_rows]),
         np.asarray([row.position for row in sorted_rows]),
         np.concatenate(slots),
         group=ref.DECODE_GROUP,
         logit_rows=np.argsort(order).tolist(),
+        device=device,
     )
-    return DecodeStep(_to(step_rows, device), tuple(pairs))
+    return DecodeStep(step_rows, pairs)
 
 
 def _step_rows(
-    token_ids: np.ndarray, positions: np.ndarray, slots: np.ndarray, *, group: int, logit_rows: list[int]
+    token_ids: np.ndarray,
+    positions: np.ndarray,
+    slots: np.ndarray,
+    *,
+    group: int,
+    logit_rows: list[int],
+    device: torch.device,
 ) -> StepRows:
     num_rows = token_ids.shape[0]
     padding = (0, -num_rows % group)
     return StepRows(
-        token_ids=torch.from_numpy(np.pad(token_ids, padding)),
-        positions=torch.from_numpy(np.pad(positions, padding)),
-        slots=torch.from_numpy(slots),
+        token_ids=torch.from_numpy(np.pad(token_ids, padding)).to(device),
+        positions=torch.from_numpy(np.pad(positions, padding)).to(device),
+        slots=torch.from_numpy(slots).to(device),
         num_rows=num_rows,
         group=group,
-        logit_rows=torch.tensor(logit_rows + [0] * (-len(logit_rows) % ref.DECODE_GROUP)),
+        logit_rows=torch.tensor(logit_rows + [0] * (-len(logit_rows) % ref.DECODE_GROUP)).to(device),
         num_logits=len(logit_rows),
-    )
-
-
-def _to(rows: StepRows, device: torch.device) -> StepRows:
-    if device.type == "cpu":
-        return rows
-    return StepRows(
-        token_ids=rows.token_ids.to(device),
-        positions=rows.positions.to(device),
-        slots=rows.slots.to(device),
-        num_rows=rows.num_rows,
-        group=rows.group,
-        logit_rows=rows.logit_rows.to(device),
-        num_logits=rows.num_logits,
     )
 
 

@@ -68,26 +68,24 @@ class Weights:
         self._count(name)
         return out
 
-    def plain(self, name: str) -> Tensor:
-        """[out, in], dequantised in any case."""
-        return self._joined([Part(name)])
+    def plain(self, *parts: Part) -> Tensor:
+        """[out, in] of all parts, the first part's outputs first; dequantised in any case."""
+        out = torch.empty(self._shape(parts), dtype=self._dtype, device=self._device)
+        self._join(parts, out, None)
+        return out
 
     def linear(self, *parts: Part) -> Linear | Fp8Linear:
-        """One matrix of all parts, the first part's outputs first."""
+        """One matrix of all parts."""
         bias = self._bias(parts)
         if not self._stay_fp8(parts):
-            return Linear(self._joined(parts).t(), bias)
-        weight, scales = self._fp8_like(parts, ())
-        self._join(parts, weight, scales)
-        return Fp8Linear(weight, scales, self._dtype, bias)
+            return Linear(self.plain(*parts).t(), bias)
+        stacked = self._fp8_stack([parts])
+        return Fp8Linear(stacked.weight[0], stacked.scales[0], self._dtype, bias)
 
     def stack(self, matrices: Sequence[Sequence[Part]]) -> ref.Matrices:
         """The matrices as [in, out] views of one block of memory."""
         if self._stay_fp8(matrices[0]):
-            weight, scales = self._fp8_like(matrices[0], (len(matrices),))
-            for index, parts in enumerate(matrices):
-                self._join(parts, weight[index], scales[index])
-            return Fp8Experts(weight, scales, self._dtype)
+            return self._fp8_stack(matrices)
         out = torch.empty(len(matrices), *self._shape(matrices[0]), dtype=self._dtype, device=self._device)
         for parts, matrix in zip(matrices, out, strict=True):
             self._join(parts, matrix, None)
@@ -104,15 +102,13 @@ class Weights:
         shapes = [self.entries[f"{part.name}.weight"].shape for part in parts]
         return sum(shape[0] for shape in shapes), shapes[0][1]
 
-    def _fp8_like(self, parts: Sequence[Part], leading: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        rows, columns = self._shape(parts)
-        weight = torch.empty(*leading, rows, columns, dtype=torch.float8_e4m3fn, device=self._device)
-        return weight, torch.empty(*leading, rows, -(-columns // ref.FP8_BLOCK), device=self._device)
-
-    def _joined(self, parts: Sequence[Part]) -> Tensor:
-        out = torch.empty(self._shape(parts), dtype=self._dtype, device=self._device)
-        self._join(parts, out, None)
-        return out
+    def _fp8_stack(self, matrices: Sequence[Sequence[Part]]) -> Fp8Experts:
+        rows, columns = self._shape(matrices[0])
+        weight = torch.empty(len(matrices), rows, columns, dtype=torch.float8_e4m3fn, device=self._device)
+        scales = torch.empty(len(matrices), rows, -(-columns // ref.FP8_BLOCK), device=self._device)
+        for index, parts in enumerate(matrices):
+            self._join(parts, weight[index], scales[index])
+        return Fp8Experts(weight, scales, self._dtype)
 
     def _join(self, parts: Sequence[Part], out: Tensor, scales: Tensor | None) -> None:
         first = 0

@@ -104,7 +104,7 @@ class Reserve(_message.Message):
     def __init__(self, request: _Optional[_Union[_types_pb2.EngineRequest, _Mapping]] = ..., attach: _Optional[_Union[AttachId, _Mapping]] = ..., on_disconnect: _Optional[_Union[_types_pb2.OnDisconnect, str]] = ..., retention_s: _Optional[int] = ..., fill_timeout_ms: _Optional[int] = ..., moves: bool = ...) -> None: ...
 
 class Reserved(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "attempt", "zmq_endpoint", "incarnation", "layout_fingerprint", "num_cached_tokens", "missing")
+    __slots__ = ("request_id", "transfer_id", "attempt", "zmq_endpoint", "incarnation", "layout_fingerprint", "num_cached_tokens", "missing", "counter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,7 @@ class Reserved(_message.Message):
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: str
     attempt: int
@@ -121,19 +122,22 @@ class Reserved(_message.Message):
     layout_fingerprint: str
     num_cached_tokens: int
     missing: _containers.RepeatedCompositeFieldContainer[_types_pb2.Extent]
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., attempt: _Optional[int] = ..., zmq_endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[_types_pb2.Extent, _Mapping]]] = ...) -> None: ...
+    counter: int
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., attempt: _Optional[int] = ..., zmq_endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[_types_pb2.Extent, _Mapping]]] = ..., counter: _Optional[int] = ...) -> None: ...
 
 class Refused(_message.Message):
-    __slots__ = ("request_id", "reason", "detail", "retry_after_ms")
+    __slots__ = ("request_id", "reason", "detail", "retry_after_ms", "counter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     reason: str
     detail: str
     retry_after_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+    counter: int
+    def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., counter: _Optional[int] = ...) -> None: ...
 
 class StepTokens(_message.Message):
     __slots__ = ("step", "streams")
@@ -144,42 +148,48 @@ class StepTokens(_message.Message):
     def __init__(self, step: _Optional[int] = ..., streams: _Optional[_Iterable[_Union[StreamTokens, _Mapping]]] = ...) -> None: ...
 
 class StreamTokens(_message.Message):
-    __slots__ = ("request_id", "index", "tokens")
+    __slots__ = ("request_id", "index", "tokens", "counter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     index: int
     tokens: _containers.RepeatedCompositeFieldContainer[_types_pb2.Token]
-    def __init__(self, request_id: _Optional[str] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_types_pb2.Token, _Mapping]]] = ...) -> None: ...
+    counter: int
+    def __init__(self, request_id: _Optional[str] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_types_pb2.Token, _Mapping]]] = ..., counter: _Optional[int] = ...) -> None: ...
 
 class StreamEnded(_message.Message):
-    __slots__ = ("request_id", "finish_reason", "num_tokens", "reason", "detail")
+    __slots__ = ("request_id", "finish_reason", "num_tokens", "reason", "detail", "counter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     finish_reason: _types_pb2.FinishReason
     num_tokens: int
     reason: str
     detail: str
-    def __init__(self, request_id: _Optional[str] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., num_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+    counter: int
+    def __init__(self, request_id: _Optional[str] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., num_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., counter: _Optional[int] = ...) -> None: ...
 
 class TransferFailed(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "attempt", "missing", "reason")
+    __slots__ = ("request_id", "transfer_id", "attempt", "missing", "reason", "counter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: str
     attempt: int
     missing: _containers.RepeatedCompositeFieldContainer[_types_pb2.Extent]
     reason: str
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., attempt: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[_types_pb2.Extent, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
+    counter: int
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., attempt: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[_types_pb2.Extent, _Mapping]]] = ..., reason: _Optional[str] = ..., counter: _Optional[int] = ...) -> None: ...
 
 class Rearm(_message.Message):
     __slots__ = ("request_id", "transfer_id", "attempt", "attach", "fill_timeout_ms")

@@ -18,6 +18,13 @@ SEED = int(os.environ.get("CHAOS_SEED", "0")) or int.from_bytes(os.urandom(4), "
 KEEP = "CHAOS_KEEP" in os.environ  # also of runs that pass
 
 
+def logged_errors(logs: Path) -> list[str]:
+    """What processes themselves took for a fault of the program: it is never a fault's due effect."""
+    lines = (line for path in logs.glob("*.log") for line in path.read_text(errors="replace").splitlines())
+    events = [json.loads(line) for line in lines if line.startswith("{") and '"level": "error"' in line]
+    return [f"{event['service']} logged {event['event']}: {event.get('traceback', '')[-200:]}" for event in events]
+
+
 async def keep(
     stack: Stack, records: Sequence[Record], faults: Sequence[Injected], expected: Mapping[str, Oracle]
 ) -> Path:

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ import grpc.aio
 from isthmus.testing.stack import Stack, ledger
 
 _RECOMPUTING = ("prefill.tile", "stream.replayed")  # each with its `ms`, noted at its end
+_RECOVERING = ("attempt.failed", "request.rearmed", "request.moved", "request.resumed", "request.accepted")
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What ledgers say of one request, in monotonic seconds."""
+
+    recomputed: list[tuple[float, float]] = field(
+        default_factory=list[tuple[float, float]]
+    )  # (when it ended, how long)
+    recoveries: list[float] = field(default_factory=list[float])  # when another process took over, or began it
 
 
 async def save_ledger(stack: Stack, process: Mapping[str, Any], suffix: str = "") -> None:
@@ -45,11 +57,13 @@ async def _lines(address: str) -> str:
     )
 
 
-def recomputed(logs: Path) -> dict[str, list[tuple[float, float]]]:
-    """By request: when a piece of prompt or replay ended, monotonic seconds, and how many seconds it took."""
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+def read_ledgers(logs: Path) -> dict[str, Told]:
+    """By request, from all ledgers that were saved."""
+    found: dict[str, Told] = defaultdict(Told)
     for path in logs.glob("*.ledger"):
-        for line in path.read_text().splitlines():
-            if any(name in line for name in _RECOMPUTING) and (event := json.loads(line))["event"] in _RECOMPUTING:
-                found[event["request"]].append((event["at"], float(event["ms"]) / 1000))
+        for event in map(json.loads, path.read_text().splitlines()):
+            if event["event"] in _RECOMPUTING:
+                found[event["request"]].recomputed.append((event["at"], float(event["ms"]) / 1000))
+            elif event["event"] in _RECOVERING:
+                found[event["request"]].recoveries.append(event["at"])
     return dict(found)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from tests.chaos.faults import Injected
 from tests.chaos.history import Record
+from tests.chaos.ledgers import Told
 
-Recomputed = Mapping[str, Sequence[tuple[float, float]]]  # by request: (when it ended, seconds it took)
+_LEDGER_SKEW_S = 0.05  # an event is noted a little before or after what the client sees of it
 
 
 class Wait(NamedTuple):
@@ -16,6 +17,7 @@ class Wait(NamedTuple):
 
     seconds: float
     net: float  # without what was recomputed for this stream meanwhile
+    is_recovery: bool  # another process took the stream over meanwhile
 
 
 @dataclass(slots=True)
@@ -26,15 +28,19 @@ class Silence:
     running: list[Wait] = field(default_factory=list[Wait])  # streams that had a token
     waiting: list[Wait] = field(default_factory=list[Wait])  # streams that waited for their first
 
+    @property
+    def recovered(self) -> list[Wait]:
+        return [wait for wait in self.running if wait.is_recovery]
 
-def silences(records: Iterable[Record], faults: Sequence[Injected], recomputed: Recomputed) -> list[Silence]:
+
+def silences(records: Iterable[Record], faults: Sequence[Injected], told: Mapping[str, Told]) -> list[Silence]:
     """In the order of the faults. A wait is told to the first fault within it, else to the last one before it, and
 
     counts from that fault on.
     """
     ordered = [Silence(fault) for fault in sorted(faults, key=lambda fault: fault.at)]
     for record in records:
-        pieces = [piece for request_id in record.request_ids for piece in recomputed.get(request_id, ())]
+        known = [told[request_id] for request_id in record.request_ids if request_id in told]
         longest: dict[tuple[int, bool], Wait] = {}
         ends = [end.at for end in record.ends[:1]]
         arrivals = [record.began_at, *(token.at for token in record.tokens), *ends]
@@ -42,15 +48,10 @@ def silences(records: Iterable[Record], faults: Sequence[Injected], recomputed: 
             cause = _cause(ordered, since, until)
             if cause is not None:
                 key, began = (cause, number == 0), max(since, ordered[cause].fault.at)
-                longest[key] = max(longest.get(key, Wait(0.0, 0.0)), _wait(began, until, pieces))
+                longest[key] = max(longest.get(key, Wait(0.0, 0.0, False)), _wait(began, until, known))
         for (cause, is_first), wait in longest.items():
             (ordered[cause].waiting if is_first else ordered[cause].running).append(wait)
     return ordered
-
-
-def _wait(since: float, until: float, pieces: Iterable[tuple[float, float]]) -> Wait:
-    inside = (min(seconds, at - since) for at, seconds in pieces if since < at <= until)
-    return Wait(until - since, max(0.0, until - since - sum(inside)))
 
 
 def _cause(ordered: Sequence[Silence], since: float, until: float) -> int | None:
@@ -59,31 +60,44 @@ def _cause(ordered: Sequence[Silence], since: float, until: float) -> int | None
     return within[0] if within else (before[-1] if before else None)
 
 
+def _wait(since: float, until: float, known: Sequence[Told]) -> Wait:
+    pieces = [piece for one in known for piece in one.recomputed]
+    inside = sum(min(seconds, at - since) for at, seconds in pieces if since < at <= until + _LEDGER_SKEW_S)
+    recoveries = [at for one in known for at in one.recoveries]
+    is_recovery = any(since - _LEDGER_SKEW_S < at <= until + _LEDGER_SKEW_S for at in recoveries)
+    return Wait(until - since, max(0.0, until - since - inside), is_recovery)
+
+
 def quantile(values: Sequence[float], part: float) -> float:
     """The nearest rank; 0 of nothing."""
     return sorted(values)[min(len(values) - 1, int(part * len(values)))] if values else 0.0
 
 
-def worst(seen: Iterable[Silence], *, net: bool = False) -> list[float]:
-    """Of each fault, the silence of the stream that waited longest."""
-    return [max(((wait.net if net else wait.seconds) for wait in one.running), default=0.0) for one in seen]
+def recovered(seen: Iterable[Silence], *kinds: str) -> list[float]:
+    """Seconds that recovered streams waited at faults of these kinds, their recompute time left out."""
+    return [wait.net for one in seen if one.fault.kind in kinds for wait in one.recovered]
+
+
+_HEADER = """\
+                         recovered streams' silence, s     without recompute time    any      first token   served
+fault             count  number    p50    p99    max         p50    p99    max       max        p50    max   again"""
 
 
 def table(seen: Sequence[Silence]) -> str:
-    """By kind, in seconds: the worst running stream of each fault, the same without its recompute time, first tokens
+    """By kind of fault. Recovered streams are those another process took over; all figures but counts in seconds."""
+    return "\n".join([_HEADER, *(_row(kind, seen) for kind in sorted({one.fault.kind for one in seen}))])
 
-    awaited at a fault, and the time until the process served again.
-    """
-    lines = [f"{'fault':18}count   worst p50   p99   max    net p50   p99   max   first p50   max    back"]
-    for kind in sorted({one.fault.kind for one in seen}):
-        of_kind = [one for one in seen if one.fault.kind == kind]
-        firsts = [wait.seconds for one in of_kind for wait in one.waiting]
-        back = quantile([one.fault.served_at - one.fault.at for one in of_kind], 0.5)
-        gross, net = (_quantiles(worst(of_kind, net=net)) for net in (False, True))
-        waited = f"{quantile(firsts, 0.5):6.2f}{max(firsts, default=0.0):6.2f}"
-        lines.append(f"{kind:18}{len(of_kind):5}      {gross}     {net}      {waited}  {back:6.1f}")
-    return "\n".join(lines)
+
+def _row(kind: str, seen: Sequence[Silence]) -> str:
+    faults = [one for one in seen if one.fault.kind == kind]
+    waits = [wait for one in faults for wait in one.recovered]
+    longest = max((wait.seconds for one in faults for wait in one.running), default=0.0)
+    firsts = [wait.seconds for one in faults for wait in one.waiting]
+    back = quantile([one.fault.served_at - one.fault.at for one in faults], 0.5)
+    gross, net = _quantiles([wait.seconds for wait in waits]), _quantiles([wait.net for wait in waits])
+    first = f"{quantile(firsts, 0.5):7.2f}{max(firsts, default=0.0):7.2f}"
+    return f"{kind:18}{len(faults):5}{len(waits):8}{gross}     {net}   {longest:7.2f}    {first} {back:7.1f}"
 
 
 def _quantiles(values: Sequence[float]) -> str:
-    return "".join(f"{quantile(values, part):6.2f}" for part in (0.5, 0.99, 1.0))
+    return "".join(f"{quantile(values, part):7.2f}" for part in (0.5, 0.99, 1.0))

@@ -1,7 +1,6 @@
 """Clients that leave: long prefills nobody waits for any more, and a storm of cancels at random phases."""
 
 import asyncio
-import contextlib
 import os
 import random
 import time
@@ -92,11 +91,17 @@ async def cancelled_at_random(client: Client, rng: random.Random) -> str:
 
 
 async def _read(call: "grpc.aio.UnaryStreamCall", heard: list[str], num_events: int) -> None:
-    with contextlib.suppress(asyncio.CancelledError):
+    try:
         async for response in call:
             heard.append(response.WhichOneof("event"))
             if len(heard) > num_events:
                 return
+    except asyncio.CancelledError:
+        return
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:  # more than two workers take in the queue's time
+            raise
+        heard.append("refused")
 
 
 async def storm(client: Client, rng: random.Random, num_requests: int) -> Counter[str]:
@@ -120,7 +125,7 @@ async def test_a_storm_of_cancels_leaves_nothing() -> None:
             phases = await storm(client, rng, NUM_CANCELS)
             await until_quiet(stack, FREE_WITHIN_S)
             print(f"\ncancelled when last heard of: {dict(phases)}, CHAOS_SEED={SEED}")
-            assert phases.keys() == {"sent", "accepted", "tokens", "finished"}
+            assert phases.keys() >= {"sent", "accepted", "tokens", "finished"}
 
             async def as_before() -> bool:
                 return all(now <= before[name] + TASK_SLACK for name, now in (await num_tasks(stack)).items())

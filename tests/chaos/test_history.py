@@ -8,6 +8,7 @@ import pytest
 
 from tests.chaos.faults import Injected
 from tests.chaos.history import Oracle, Record, violations
+from tests.chaos.ledgers import Told
 from tests.chaos.silence import Wait, silences
 
 NUM_TOKENS = 20
@@ -153,8 +154,21 @@ def test_a_stream_without_a_token_waits() -> None:
 
 
 def test_what_was_recomputed_meanwhile_is_told_apart() -> None:
-    recomputed = {"request": [(101.0, 0.5), (102.1, 0.5), (103.0, 0.7), (105.0, 0.5)], "other": [(103.0, 1.0)]}
-    (one,) = silences([with_arrivals(101.0, 101.5, 104.0)], [injected(102.0)], recomputed)
-    ((gross, net),) = one.running
-    assert gross == pytest.approx(2.0)
-    assert net == pytest.approx(2.0 - 0.1 - 0.7)  # of the second piece a tenth came after the fault
+    told = {
+        "request": Told(recomputed=[(101.0, 0.5), (102.1, 0.5), (103.0, 0.7), (105.0, 0.5)]),
+        "other": Told(recomputed=[(103.0, 1.0)]),
+    }
+    (one,) = silences([with_arrivals(101.0, 101.5, 104.0)], [injected(102.0)], told)
+    (wait,) = one.running
+    assert wait.seconds == pytest.approx(2.0)
+    assert wait.net == pytest.approx(2.0 - 0.1 - 0.7)  # of the second piece a tenth came after the fault
+
+
+def test_a_stream_is_recovered_when_another_process_took_it_over_in_the_silence() -> None:
+    told = {"request": Told(recoveries=[99.0, 103.0])}
+    taken, spared = silences(
+        [with_arrivals(101.0, 104.0, 104.1, 104.2)], [injected(102.0), injected(104.15, "freeze")], told
+    )
+    assert [wait.seconds for wait in taken.recovered] == [pytest.approx(2.0)]
+    assert spared.running
+    assert spared.recovered == []

@@ -71,22 +71,22 @@ async def test_redis_loses_what_it_knew_again_and_again(
     stack: Stack, expected: dict[str, Oracle], harm: Callable[[Stack], Awaitable[None]]
 ) -> None:
     seconds = FLUSHING_S if harm is flush else FLUSHING_S / 2
-    async with unharmed_load(stack, expected, num_users=NUM_USERS) as (_, faults):
+    async with unharmed_load(stack, expected, num_users=NUM_USERS) as run:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            faults.append(Injected(harm.__name__, "redis", time.monotonic()))
+            run.faults.append(Injected(harm.__name__, "redis", time.monotonic()))
             await harm(stack)
-            faults[-1].served_at = time.monotonic()
+            run.faults[-1].served_at = time.monotonic()
             await asyncio.sleep(FLUSH_EVERY_S)
 
 
 async def test_redis_stands_still_for_long(stack: Stack, expected: dict[str, Oracle]) -> None:
-    async with unharmed_load(stack, expected, num_users=NUM_USERS) as (_, faults):
-        faults.append(Injected("stop", "redis", time.monotonic()))
+    async with unharmed_load(stack, expected, num_users=NUM_USERS) as run:
+        run.faults.append(Injected("stop", "redis", time.monotonic()))
         stack.send("redis", signal.SIGSTOP)
         try:
             await asyncio.sleep(STOPPED_S)
         finally:
             stack.send("redis", signal.SIGCONT)
-        faults[-1].served_at = time.monotonic()
+        run.faults[-1].served_at = time.monotonic()
         await asyncio.sleep(2.0)  # leases return while streams run

@@ -173,7 +173,10 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             return
         error = self.refuse(reserve)
         if error is not None:
-            refused = decode_pb2.Refused(request_id=request_id, reason=error.reason, detail=error.detail)
+            counter = reserve.attach.counter
+            refused = decode_pb2.Refused(
+                request_id=request_id, counter=counter, reason=error.reason, detail=error.detail
+            )
             outgoing.put_nowait(decode_pb2.SessionResponse(refused=refused))
             return
         transfer_id = new_transfer_id()
@@ -181,6 +184,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         num_prompt_tokens = len(reserve.request.prompt_token_ids)
         reserved = decode_pb2.Reserved(
             request_id=request_id,
+            counter=reserve.attach.counter,
             transfer_id=transfer_id,
             attempt=1,
             zmq_endpoint="tcp://127.0.0.1:1",
@@ -201,7 +205,10 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
     def _rearm(self, rearm: decode_pb2.Rearm, outgoing: Any) -> None:
         stream = self.streams.get(rearm.request_id)
         if stream is None or stream.task is not None:
-            refused = decode_pb2.Refused(request_id=rearm.request_id, reason="STALE_OWNER", detail="claimed")
+            counter = rearm.attach.counter
+            refused = decode_pb2.Refused(
+                request_id=rearm.request_id, counter=counter, reason="STALE_OWNER", detail="claimed"
+            )
             outgoing.put_nowait(decode_pb2.SessionResponse(refused=refused))
             return
         stream.attempt = rearm.attempt
@@ -261,14 +268,19 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
                 self._drop(stream)
             else:
                 failed = decode_pb2.TransferFailed(
-                    request_id=stream.request.request_id, attempt=stream.attempt, reason="sender gone"
+                    request_id=stream.request.request_id,
+                    attempt=stream.attempt,
+                    reason="sender gone",
+                    counter=stream.counter,
                 )
                 stream.outgoing.put_nowait(decode_pb2.SessionResponse(transfer_failed=failed))
 
     async def _decode(self, stream: FakeStream, first_index: int) -> None:
         num_tokens = stream.request.sampling.max_tokens
         if first_index:  # the sign of the claim
-            sent = decode_pb2.StreamTokens(request_id=stream.request.request_id, index=first_index)
+            sent = decode_pb2.StreamTokens(
+                request_id=stream.request.request_id, index=first_index, counter=stream.counter
+            )
             stream.outgoing.put_nowait(decode_pb2.SessionResponse(step=decode_pb2.StepTokens(streams=[sent])))
             await asyncio.sleep(self.token_interval_s)
         for index in range(first_index, num_tokens, self.tokens_per_step):
@@ -276,7 +288,9 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
                 await asyncio.Event().wait()
             count = min(self.tokens_per_step, num_tokens - index)
             tokens = [self.token(stream.request, i) for i in range(index, index + count)]
-            sent = decode_pb2.StreamTokens(request_id=stream.request.request_id, index=index, tokens=tokens)
+            sent = decode_pb2.StreamTokens(
+                request_id=stream.request.request_id, index=index, tokens=tokens, counter=stream.counter
+            )
             step = decode_pb2.StepTokens(step=index, streams=[sent])
             stream.outgoing.put_nowait(decode_pb2.SessionResponse(step=step))
             stream.num_sent = max(stream.num_sent, index + count)
@@ -289,7 +303,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
     def _end(self, stream: FakeStream, reason: Any, num_tokens: int) -> None:
         self._drop(stream)
         ended = decode_pb2.StreamEnded(
-            request_id=stream.request.request_id, finish_reason=reason, num_tokens=num_tokens
+            request_id=stream.request.request_id, finish_reason=reason, num_tokens=num_tokens, counter=stream.counter
         )
         stream.outgoing.put_nowait(decode_pb2.SessionResponse(ended=ended))
 
