@@ -122,7 +122,7 @@ class Attachments:
         stream.sink, stream.num_sent = session, next_index
         if stream.phase is not Phase.FILLING:
             self.streams.catch_up(stream)
+        stream.keep_until = None
         if stream.ended is not None:
             session.send(messages.stream_ended(stream, stream.ended))
-        else:
-            stream.keep_until = None
+            stream.keep_until = self.streams.context.clock.now() + (stream.retention_s or SESSION_GRACE_S)

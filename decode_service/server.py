@@ -17,7 +17,7 @@ from isthmus.convert import (
     finish_reason_from_proto,
     layout_to_proto,
     request_from_proto,
-    target_from_reserved,
+    target_from_proto,
 )
 from isthmus.errors import InvalidRequest, IsthmusError, StaleOwner, WorkersUnavailable
 from isthmus.log import get_logger
@@ -160,7 +160,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         if self._streams.get(move.request_id) is None:
             session.send(messages.moved(move.request_id, move.target.transfer_id, "it is not here"))
         elif self._mover and (stream := self._attachments.held(move.request_id, _key(move.attach))):
-            self._mover.move(stream, target_from_reserved(move.target))
+            self._mover.move(stream, target_from_proto(move.target))
 
 
 def _key(message: decode_pb2.AttachId) -> AttachKey:

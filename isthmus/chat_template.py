@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Si
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import BuiltinMethodType, FrameType
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, cast
 
 import jinja2
 import jinja2.ext
@@ -25,6 +25,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.errors import CannotStart, InvalidRequest
+from isthmus.v1.inference_pb2 import ChatMessage
 
 ROLES = ("system", "user", "assistant")
 _GUARDS = range(0xF0000, 0xFFFFE)  # private use: no meaning of its own, not white space
@@ -38,16 +39,6 @@ _TEMPLATE_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
     ValueError,
 )  # fmt: skip
-
-
-class ChatMessage(Protocol):
-    """isthmus.v1.ChatMessage has this shape."""
-
-    @property
-    def role(self) -> str: ...
-
-    @property
-    def content(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,13 +49,7 @@ class Checkpoint:
         folder = resolve_model(path)
         config = parse_config(_read_json(folder / "config.json"), context_length)
         files, tensors = read_tensors(folder)
-        return cls(
-            path=folder,
-            config=config,
-            eos_token_ids=_eos_token_ids(folder, config),
-            weight_files=files,
-            tensors=tensors,
-        )
+        return cls(folder, config, _eos_token_ids(folder, config), files, tensors)
 
     @cached_property
     def digest(self) -> str:
@@ -152,22 +146,18 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
         if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
             raise _damaged(file, f"{size} bytes do not hold its header")
         try:
-            header = json.loads(stream.read(header_bytes))
-            entries = {name: fields for name, fields in header.items() if name != "__metadata__"}
-            end = max((int(fields["data_offsets"][1]) for fields in entries.values()), default=0)
-            found = {
-                name: TensorEntry(
-                    file,
-                    str(fields["dtype"]),
-                    tuple(int(length) for length in fields["shape"]),
-                    int(fields["data_offsets"][1]) - int(fields["data_offsets"][0]),
-                )
-                for name, fields in entries.items()
-            }
+            header: dict[str, Any] = json.loads(stream.read(header_bytes))
+            header.pop("__metadata__", None)
+            found: dict[str, TensorEntry] = {}
+            data_bytes = 0
+            for name, fields in header.items():
+                first, end = map(int, fields["data_offsets"])
+                found[name] = TensorEntry(file, str(fields["dtype"]), tuple(map(int, fields["shape"])), end - first)
+                data_bytes = max(data_bytes, end)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise _damaged(file, f"its header cannot be read ({type(error).__name__})") from error
-    if 8 + header_bytes + end != size:
-        raise _damaged(file, f"its header asks for {8 + header_bytes + end} bytes, it has {size}")
+    if 8 + header_bytes + data_bytes != size:
+        raise _damaged(file, f"its header asks for {8 + header_bytes + data_bytes} bytes, it has {size}")
     return found
 
 

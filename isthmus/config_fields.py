@@ -34,8 +34,7 @@ class Fields:
         self._prefix = prefix
 
     def size(self, name: str, default: int | None = None) -> int:
-        value = self.raw.get(name)
-        value = default if value is None else value
+        value = self._given(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise refused(self._prefix + name, value, ("positive integers",))
         return value
@@ -44,17 +43,17 @@ class Fields:
         return 0 if self.raw.get(name) in (None, 0) else self.size(name)
 
     def number(self, name: str, default: float) -> float:
-        value = self.raw.get(name)
-        if value is None:
-            return float(default)
+        value = self._given(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise refused(self._prefix + name, value, ("numbers",))
         return float(value)
 
     def flag(self, name: str, *, default: bool = False) -> bool:
-        value = self.raw.get(name)
-        if value is None:
-            return default
+        value = self._given(name, default)
         if not isinstance(value, bool):
             raise refused(self._prefix + name, value, (True, False))
         return value
+
+    def _given(self, name: str, default: object) -> object:
+        value = self.raw.get(name)
+        return default if value is None else value

@@ -1,18 +1,10 @@
 """Protobuf messages to the dataclasses of isthmus.types and back; the public request is read by router/validate.py."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from isthmus.kv_layout import KvLayout
-from isthmus.types import (
-    BlockCounts,
-    Extent,
-    FinishReason,
-    Request,
-    SamplingParams,
-    Token,
-    TransferTarget,
-)
+from isthmus.types import BlockCounts, Extent, FinishReason, Request, SamplingParams, Token, TransferTarget
 from isthmus.v1 import admin_pb2, decode_pb2, prefill_pb2, types_pb2
 
 _FINISH_REASONS = {reason: getattr(types_pb2, f"FINISH_REASON_{reason.name}") for reason in FinishReason}
@@ -43,33 +35,19 @@ def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
 
 
 def request_to_proto(request: Request) -> types_pb2.EngineRequest:
-    return types_pb2.EngineRequest(
-        request_id=request.request_id,
-        seed=request.seed,
-        prompt_token_ids=request.prompt_token_ids,
-        emitted_token_ids=request.emitted_token_ids,
-        sampling=sampling_to_proto(request.sampling),
-        numerics_digest=request.numerics_digest,
-        timeout_ms=0 if request.timeout_s is None else max(1, int(request.timeout_s * 1000)),
-        eos_token_ids=request.eos_token_ids,
-        tenant=request.tenant,
-        priority=request.priority,
-    )
+    values = {field.name: getattr(request, field.name) for field in fields(request)}  # `asdict` would copy the prompt
+    values["sampling"] = sampling_to_proto(request.sampling)
+    timeout_s: float | None = values.pop("timeout_s")
+    return types_pb2.EngineRequest(**values, timeout_ms=0 if timeout_s is None else max(1, int(timeout_s * 1000)))
 
 
 def request_from_proto(message: types_pb2.EngineRequest) -> Request:
-    return Request(
-        request_id=message.request_id,
-        seed=message.seed,
-        prompt_token_ids=tuple(message.prompt_token_ids),
-        sampling=sampling_from_proto(message.sampling),
-        eos_token_ids=tuple(message.eos_token_ids),
-        emitted_token_ids=tuple(message.emitted_token_ids),
-        numerics_digest=message.numerics_digest,
-        timeout_s=message.timeout_ms / 1000 if message.timeout_ms else None,
-        tenant=message.tenant,
-        priority=message.priority,
-    )
+    values: dict[str, Any] = {field.name: getattr(message, field.name, None) for field in fields(Request)}
+    for name in ("prompt_token_ids", "eos_token_ids", "emitted_token_ids"):
+        values[name] = tuple(values[name])
+    values["sampling"] = sampling_from_proto(message.sampling)
+    values["timeout_s"] = message.timeout_ms / 1000 if message.timeout_ms else None
+    return Request(**values)
 
 
 def token_to_proto(token: Token) -> types_pb2.Token:
@@ -90,20 +68,13 @@ def extent_from_proto(message: types_pb2.Extent) -> Extent:
     return Extent(message.plane, message.layer, message.first_token, message.num_tokens)
 
 
-def target_from_proto(message: prefill_pb2.TransferTarget) -> TransferTarget:
-    return _target(message, message.receiver_incarnation)
-
-
-def target_from_reserved(message: decode_pb2.Reserved) -> TransferTarget:
-    return _target(message, message.incarnation)
-
-
-def _target(message: prefill_pb2.TransferTarget | decode_pb2.Reserved, receiver_incarnation: str) -> TransferTarget:
+def target_from_proto(message: prefill_pb2.TransferTarget | decode_pb2.Reserved) -> TransferTarget:
+    is_reserved = isinstance(message, decode_pb2.Reserved)
     return TransferTarget(
         transfer_id=message.transfer_id,
         attempt=message.attempt,
         zmq_endpoint=message.zmq_endpoint,
-        receiver_incarnation=receiver_incarnation,
+        receiver_incarnation=message.incarnation if is_reserved else message.receiver_incarnation,
         layout_fingerprint=message.layout_fingerprint,
         missing=tuple(extent_from_proto(extent) for extent in message.missing),
     )

@@ -41,7 +41,7 @@ class ProgressWatch:
 
     def __init__(self, clock: Clock | None = None, stall_s: float = STALL_S):
         self._clock = clock or SystemClock()
-        self._stall_s = stall_s
+        self.stall_s = stall_s
         self._lock = threading.Lock()
         self._progress_at: float | None = None  # None: nothing is pending
         self.num_steps = 0  # finished ones
@@ -77,10 +77,6 @@ class ProgressWatch:
         with self._lock:
             return 0.0 if self._progress_at is None else max(0.0, self._clock.now() - self._progress_at)
 
-    @property
-    def is_stalled(self) -> bool:
-        return self.seconds_since_progress >= self._stall_s
-
 
 class HealthState:
     """Owned by the process's wiring; any thread sets and reads it. Computed at each look: it needs no loop."""
@@ -113,7 +109,7 @@ class HealthState:
         if not phase.serving or not self.watch.is_working:
             return phase
         seconds = self.watch.seconds_since_progress
-        if self.watch.is_stalled:
+        if seconds >= self.watch.stall_s:
             return Health(ServiceState.STALLED, serving=False, reason=f"no layer finished for {seconds:.1f} s")
         return Health(ServiceState.STEPPING, serving=True)
 

@@ -24,9 +24,6 @@ class EventLogger:
     def warning(self, event: str, **fields: object) -> None:
         self._write(logging.WARNING, event, fields)
 
-    def error(self, event: str, **fields: object) -> None:
-        self._write(logging.ERROR, event, fields)
-
     def exception(self, event: str, error: BaseException, **fields: object) -> None:
         """An event with the traceback of `error`."""
         self._logger.error(event, extra={"fields": fields}, exc_info=error)

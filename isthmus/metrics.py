@@ -50,10 +50,6 @@ class _StatusCollector(Collector):
     def __init__(self, status: Callable[[], admin_pb2.GetStatusResponse]):
         self._status = status
 
-    def describe(self) -> list[Metric]:
-        """Nothing, so that registering does not ask for a status."""
-        return []
-
     def collect(self) -> Iterable[Metric]:
         status = self._status()
         yield GaugeMetricFamily("isthmus_serving", "1 while the process serves", value=float(status.serving))

@@ -70,11 +70,7 @@ _V3_DEFAULTS: Final[Mapping[str, Any]] = {
 _V2: Final = Family(
     routing=Routing(softmax=True, group_best=1),
     # norm_topk_prob is read and ignored, as transformers does.
-    fixed={
-        "scoring_func": ("softmax",),
-        "topk_method": ("greedy", "group_limited_greedy"),
-        "rope_interleave": (True,),
-    },
+    fixed={"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy"), "rope_interleave": (True,)},
     defaults={"q_lora_rank": 1536, "first_k_dense_replace": 0, "n_shared_experts": 2, "topk_method": "greedy"},
     rotates_in_fp32=True,
 )

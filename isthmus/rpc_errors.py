@@ -2,8 +2,8 @@
 
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -116,30 +116,17 @@ def typed_error(
     return error
 
 
-@contextlib.contextmanager
-def typed_errors() -> Generator[None]:
-    """Calls made inside raise IsthmusError instead of AioRpcError."""
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-
-
 def _mapped_unary(handler: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
+        async with _mapped(context, method):
             return await handler(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the call's root
-            await _end(context, error, method)
 
     return call
 
 
 def _mapped_stream(handler: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        try:
+        async with _mapped(context, method):
             responses = handler(request, context)
             if not hasattr(responses, "__aiter__"):  # a coroutine that writes to the context itself
                 await responses
@@ -147,23 +134,25 @@ def _mapped_stream(handler: Callable[[Any, Any], Any], method: str) -> Callable[
             async with contextlib.aclosing(responses):
                 async for response in responses:
                     yield response
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the call's root
-            await _end(context, error, method)
 
     return call
 
 
-async def _end(context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> NoReturn:
-    if not isinstance(error, IsthmusError):
-        error_id = secrets.token_hex(8)
-        _log.exception("rpc.failed", error, method=method, error_id=error_id)
-        error = IsthmusError(f"internal error {error_id}")
-    status = status_of(error)
-    code = grpc.StatusCode[error.grpc_status]
-    await context.abort(code, status.message, ((_DETAILS_KEY, status.SerializeToString()),))
-    raise AssertionError("abort raises")
+@contextlib.asynccontextmanager
+async def _mapped(context: grpc.aio.ServicerContext[Any, Any], method: str) -> AsyncGenerator[None]:
+    try:
+        yield
+    except grpc.aio.AbortError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the call's root
+        if isinstance(error, IsthmusError):
+            shown = error
+        else:
+            error_id = secrets.token_hex(8)
+            _log.exception("rpc.failed", error, method=method, error_id=error_id)
+            shown = IsthmusError(f"internal error {error_id}")
+        status, code = status_of(shown), grpc.StatusCode[shown.grpc_status]
+        await context.abort(code, status.message, ((_DETAILS_KEY, status.SerializeToString()),))
 
 
 def _cut(text: str) -> str:

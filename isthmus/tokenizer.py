@@ -9,9 +9,10 @@ from typing import Any
 
 import tokenizers
 
-from isthmus.chat_template import ChatMessage, ChatTemplate
+from isthmus.chat_template import ChatTemplate
 from isthmus.detokenizer import Detokenizer
 from isthmus.errors import CannotStart, InvalidRequest
+from isthmus.v1.inference_pb2 import ChatMessage
 from isthmus.vocabulary import AddedToken, Vocabulary, read_added_tokens, read_vocabulary
 
 MAX_TEXT_BYTES = 1 << 20

@@ -23,7 +23,7 @@ from isthmus.client.course import NO_END, Course, OutOfOrder
 from isthmus.client.generation import Chunk, Generation
 from isthmus.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, Message, chat_of, request_of
 from isthmus.clock import Clock, SystemClock
-from isthmus.errors import WorkersUnavailable
+from isthmus.errors import WorkerLost, WorkersUnavailable
 from isthmus.rpc import channel
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 
@@ -191,7 +191,7 @@ class AsyncStream:
                 except grpc.RpcError as error:
                     failure = Failure.of(error)
                 except OutOfOrder as error:
-                    failure = Failure(error)
+                    failure = Failure(WorkerLost(str(error)))
                 self._call.cancel()
                 if not course.is_over:
                     await self._pause(course.failed(failure))

@@ -23,6 +23,7 @@ from isthmus.client.course import NO_END, Course, OutOfOrder
 from isthmus.client.generation import Chunk, Generation
 from isthmus.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, Message, chat_of, request_of
 from isthmus.clock import Clock, SystemClock
+from isthmus.errors import WorkerLost
 from isthmus.rpc import blocking_channel
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 
@@ -168,7 +169,7 @@ class Stream:
                 except grpc.RpcError as error:
                     failure = Failure.of(error)
                 except OutOfOrder as error:
-                    failure = Failure(error)
+                    failure = Failure(WorkerLost(str(error)))
                 self._call.cancel()
                 if not course.is_over:
                     self._left.wait(course.failed(failure))

@@ -9,7 +9,7 @@ from isthmus.v1 import inference_pb2
 NO_END = Failure(WorkerLost("the stream ended without its end"))
 
 
-class OutOfOrder(WorkerLost):
+class OutOfOrder(Exception):
     """Tokens are missing, or these overlap those delivered: the stream is asked for again from where it stands."""
 
 
@@ -76,9 +76,8 @@ class Course:
             self.live_id = ""
             return self.attempts.refused(failure)
         self._num_unanswered += self._is_resuming and not self._is_answered and failure.is_transport
-        if (
-            isinstance(failure.error, AttachedElsewhere) and self._num_unanswered
-        ):  # a frozen router woke and attached us
+        # A router that froze with our Resume unread attaches the stream when it wakes: we are that other call.
+        if isinstance(failure.error, AttachedElsewhere) and self._num_unanswered:
             self._num_unanswered -= 1
         elif kind in (Kind.FINAL, Kind.GONE):
             raise failure.error

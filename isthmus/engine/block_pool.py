@@ -4,7 +4,7 @@ import hashlib
 import struct
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from isthmus.errors import NoFreeBlocks
 from isthmus.types import BlockCounts
@@ -88,7 +88,9 @@ class BlockPool:
     def begin_drain(self, block_ids: Sequence[int]) -> None:
         """A send reads these blocks until `end_drain`: they keep a reference of its own and are not reused."""
         with self._lock:
-            self._retain(block_ids)
+            for block in block_ids:
+                assert self._references[block] > 0, f"block {block} is not referenced"
+                self._references[block] += 1
             self._sends.update(block_ids)
 
     def end_drain(self, block_ids: Sequence[int]) -> None:
@@ -144,11 +146,6 @@ class BlockPool:
         self._num_changes += 1
         self._hash_of[block] = None
         return block
-
-    def _retain(self, block_ids: Iterable[int]) -> None:
-        for block in block_ids:
-            assert self._references[block] > 0, f"block {block} is not referenced"
-            self._references[block] += 1
 
     def _release(self, block_ids: Sequence[int]) -> None:
         for block in reversed(block_ids):

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -14,9 +15,6 @@ from isthmus.errors import CannotStart
 from isthmus.kv_layout import KvLayout, Plane, PlaneKind
 from isthmus.model import Progress, load_model
 from isthmus.model_config import ModelConfig
-from kernels.ref import TILE
-
-BLOCK_SIZES = tuple(size for size in (16, 32, 64) if TILE % size == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +37,20 @@ class Engine:
         cls,
         checkpoint: Checkpoint,
         *,
-        dtype: str = "fp32",
-        device: str = "cpu",
+        dtype: Literal["fp32", "bf16"] = "fp32",
+        device: Literal["cpu", "cuda"] = "cpu",
         block_size: int = 16,
         num_blocks: int | None = None,
         cache_bytes: int = 256 << 20,
         progress: Progress = lambda *_: None,
     ) -> "Engine":
-        """Loads the weights, runs the canary. `num_blocks` None: as many as `cache_bytes` hold. Raises CannotStart."""
-        if dtype not in TORCH_DTYPES:
-            raise CannotStart("dtype", f"{dtype!r} is not served", f"set --dtype to one of {', '.join(TORCH_DTYPES)}")
-        if block_size not in BLOCK_SIZES:
-            raise CannotStart("block_size", f"{block_size} is not served", f"set --block-size to one of {BLOCK_SIZES}")
+        """Loads the weights, runs the canary. `num_blocks` None: as many as `cache_bytes` hold. Raises CannotStart.
+
+        `block_size` divides the tile of 64 tokens.
+        """
         torch_device = _open_device(device)
         layout = kv_layout(checkpoint.config, "", dtype=dtype, block_size=block_size)
         count = num_blocks if num_blocks is not None else cache_bytes // layout.block_bytes
-        if count < 1:
-            raise CannotStart("cache_bytes", f"{cache_bytes} bytes hold no block of {layout.block_bytes}", "raise it")
         with ThreadPoolExecutor(1) as hashing:
             digest = hashing.submit(lambda: checkpoint.digest)
             model = load_model(checkpoint, TORCH_DTYPES[dtype], torch_device, progress)
@@ -81,15 +76,12 @@ def kv_layout(config: ModelConfig, digest: str, *, dtype: str, block_size: int) 
     return KvLayout(digest, (latent,), block_size)
 
 
-def _open_device(name: str) -> torch.device:
+def _open_device(name: Literal["cpu", "cuda"]) -> torch.device:
     """TF32 and reduced-precision sums would make fp32 something else; they are switched off for the whole process."""
-    if name not in ("cpu", "cuda", "auto"):
-        raise CannotStart("device", f"{name!r} is not served", "set --device to cpu, cuda or auto")
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
+    if name == "cuda" and not torch.cuda.is_available():
         raise CannotStart("device", "torch sees no CUDA device", "set --device cpu, or install a CUDA build of torch")
     torch.set_float32_matmul_precision("highest")
-    if name == "cpu" or not available:
+    if name == "cpu":
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

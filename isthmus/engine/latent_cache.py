@@ -1,7 +1,6 @@
 """The paged cache of latents: one tensor per plane and layer. The block pool owns who may use which block."""
 
 import torch
-from torch import Tensor
 
 from isthmus.errors import NotYet
 from isthmus.kv_layout import KvLayout
@@ -11,13 +10,16 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LatentCache:
-    """`layers[plane][layer]` is [num_blocks, block_size, row_elements], written by step loop and receiver."""
+    """`layers[plane][layer]` is [num_blocks, block_size, row_elements], written by step loop and receiver.
+
+    `rows[plane][layer]` is the same memory as [slots + 1, row_elements]; a slot is block * block_size + offset.
+    """
 
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
         self.shape = CacheShape(num_blocks, layout.block_size)
         # One row past the last block stays zero: steps read it in place of keys that must not be seen.
-        self._rows = [
+        self.rows = [
             [
                 torch.zeros(
                     self.shape.zero_slot + 1, plane.row_elements, dtype=TORCH_DTYPES[plane.dtype], device=device
@@ -28,16 +30,8 @@ class LatentCache:
         ]
         self.layers = [
             [rows[: self.shape.zero_slot].unflatten(0, (num_blocks, layout.block_size)) for rows in plane]
-            for plane in self._rows
+            for plane in self.rows
         ]
-
-    @property
-    def num_blocks(self) -> int:
-        return self.shape.num_blocks
-
-    def rows(self, plane: int) -> list[Tensor]:
-        """Per layer [slots + 1, row_elements]; a slot is block * block_size + offset, the last row is zeros."""
-        return self._rows[plane]
 
     def memory(self, plane: int, layer: int) -> memoryview:
         """Writable bytes of all blocks of one layer, for the transfer path; they live as long as this cache."""

@@ -26,8 +26,3 @@ def uniform_bits(seed: int, index: int) -> int:
     """The uniform of token `index`, as the integer u * 2^24; `seed` is 64 bits, low word first in the key."""
     word = philox4x32((index, 0, 0, 0), (seed & _MASK, seed >> 32 & _MASK))[0]
     return word >> (32 - UNIFORM_BITS)
-
-
-def uniform(seed: int, index: int) -> float:
-    """In [0, 1), exact in fp32."""
-    return uniform_bits(seed, index) * 2.0**-UNIFORM_BITS

@@ -47,7 +47,7 @@ class Runner:
         if not parts:
             raise ValueError("a step needs at least one row")
         step = make_step(parts, self.cache.shape, self.model.device)
-        return self.model.forward(step, self.cache.rows(LATENT_PLANE), on_layer)
+        return self.model.forward(step, self.cache.rows[LATENT_PLANE], on_layer)
 
     def _check(self, token_ids: Sequence[int], *, first: int, block_table: Sequence[int]) -> None:
         """One wrong id or table would end the step for every other sequence in it, or read another's blocks."""

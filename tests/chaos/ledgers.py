@@ -12,7 +12,8 @@ import grpc.aio
 from isthmus.testing.stack import Stack, ledger
 
 _RECOMPUTING = ("prefill.tile", "stream.replayed")  # each with its `ms`, noted at its end
-_RECOVERING = ("attempt.failed", "request.rearmed", "request.moved", "request.resumed", "request.accepted")
+_RECOVERING = ("attempt.failed", "request.rearmed", "request.moved", "request.resumed")
+_BEGUN = "request.accepted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Told:
     recomputed: list[tuple[float, float]] = field(
         default_factory=list[tuple[float, float]]
     )  # (when it ended, how long)
-    recoveries: list[float] = field(default_factory=list[float])  # when another process took over, or began it
+    recoveries: list[float] = field(default_factory=list[float])  # when another process took over
+    begun: list[float] = field(default_factory=list[float])  # when a router accepted it under this id
 
 
 async def save_ledger(stack: Stack, process: Mapping[str, Any], suffix: str = "") -> None:
@@ -66,4 +68,6 @@ def read_ledgers(logs: Path) -> dict[str, Told]:
                 found[event["request"]].recomputed.append((event["at"], float(event["ms"]) / 1000))
             elif event["event"] in _RECOVERING:
                 found[event["request"]].recoveries.append(event["at"])
+            elif event["event"] == _BEGUN:
+                found[event["request"]].begun.append(event["at"])
     return dict(found)

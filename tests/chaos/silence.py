@@ -40,7 +40,7 @@ def silences(records: Iterable[Record], faults: Sequence[Injected], told: Mappin
     """
     ordered = [Silence(fault) for fault in sorted(faults, key=lambda fault: fault.at)]
     for record in records:
-        known = [told[request_id] for request_id in record.request_ids if request_id in told]
+        known = [told.get(request_id, Told()) for request_id in record.request_ids]
         longest: dict[tuple[int, bool], Wait] = {}
         ends = [end.at for end in record.ends[:1]]
         arrivals = [record.began_at, *(token.at for token in record.tokens), *ends]
@@ -63,7 +63,8 @@ def _cause(ordered: Sequence[Silence], since: float, until: float) -> int | None
 def _wait(since: float, until: float, known: Sequence[Told]) -> Wait:
     pieces = [piece for one in known for piece in one.recomputed]
     inside = sum(min(seconds, at - since) for at, seconds in pieces if since < at <= until + _LEDGER_SKEW_S)
-    recoveries = [at for one in known for at in one.recoveries]
+    begun_again = [at for one in known[1:] for at in one.begun]
+    recoveries = [*begun_again, *(at for one in known for at in one.recoveries)]
     is_recovery = any(since - _LEDGER_SKEW_S < at <= until + _LEDGER_SKEW_S for at in recoveries)
     return Wait(until - since, max(0.0, until - since - inside), is_recovery)
 

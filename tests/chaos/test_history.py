@@ -165,7 +165,7 @@ def test_what_was_recomputed_meanwhile_is_told_apart() -> None:
 
 
 def test_a_stream_is_recovered_when_another_process_took_it_over_in_the_silence() -> None:
-    told = {"request": Told(recoveries=[99.0, 103.0])}
+    told = {"request": Told(recoveries=[99.0, 103.0], begun=[100.0, 104.15])}
     taken, spared = silences(
         [with_arrivals(101.0, 104.0, 104.1, 104.2)], [injected(102.0), injected(104.15, "freeze")], told
     )

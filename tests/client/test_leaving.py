@@ -101,9 +101,11 @@ async def test_a_request_that_is_never_accepted_is_dropped() -> None:
     async with addresses(router) as routers, AsyncClient(routers) as client:
         task = asyncio.create_task(client.complete("Once"))
         await asked.wait()
+        began = time.monotonic()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert time.monotonic() - began < 0.5, "the caller does not wait for the router"
         await asyncio.wait_for(router.asked[0].ended.wait(), SOON_S)
     assert router.cancelled == []
 

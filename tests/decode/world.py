@@ -17,7 +17,7 @@ from decode_service.worker import StepLoop
 from isthmus.admin import Identity
 from isthmus.checkpoint import Checkpoint
 from isthmus.clock import Clock
-from isthmus.convert import request_to_proto, target_from_reserved, token_from_proto
+from isthmus.convert import request_to_proto, target_from_proto, token_from_proto
 from isthmus.engine.engine import Engine
 from isthmus.engine.runner import DecodeRow, PrefillChunk
 from isthmus.engine.sampler import SamplingInput, sample
@@ -76,7 +76,7 @@ class Prefill:
         done: asyncio.Future[TransferOutcome] = asyncio.get_running_loop().create_future()
         loop = asyncio.get_running_loop()
         transfer = self.sender.open(
-            target_from_reserved(reserved), table, lambda outcome: loop.call_soon_threadsafe(done.set_result, outcome)
+            target_from_proto(reserved), table, lambda outcome: loop.call_soon_threadsafe(done.set_result, outcome)
         )
         self.engine.pool.release(table)  # nobody else uses this pool meanwhile
         return Filling(transfer, token, done, self.engine.layout.planes[0].num_layers, len(request.prompt_token_ids))

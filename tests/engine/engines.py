@@ -32,7 +32,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def scattered_table(engine: Engine, num_positions: int, seed: int) -> list[int]:
     """Blocks in random order, none twice."""
-    order = torch.randperm(engine.cache.num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(engine.cache.shape.num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
     return order[: engine.layout.num_blocks(num_positions)]
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isthmus.engine.oplist import ALLOWED
 from isthmus.engine.runner import DecodeRow, PrefillChunk
 from isthmus.engine.sampler import SamplingInput, sample
 from isthmus.types import Request, SamplingParams
 from kernels import ref
 from tests.engine.engines import bundled_engine, prompt
+from tests.engine.oplist import ALLOWED
 
 ODD_WIDTHS = (1, 3, 7, 13, 24, 33, 57, 64, 100, 192, 257)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.engine.philox import philox4x32, uniform, uniform_bits
+from isthmus.engine.philox import UNIFORM_BITS, philox4x32, uniform_bits
 
 VECTORS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -25,14 +25,14 @@ def test_known_answers(
 def test_the_uniform_is_the_first_word_of_seed_and_index() -> None:
     seed, index = 0x299F31D0A4093822, 7
     assert uniform_bits(seed, index) == philox4x32((7, 0, 0, 0), (0xA4093822, 0x299F31D0))[0] >> 8
-    assert uniform(seed, index) == uniform_bits(seed, index) / 2**24
-    assert uniform(0, 0) == 0x6627E8 / 2**24
+    assert uniform_bits(0, 0) == 0x6627E8
 
 
 def test_uniforms_are_uniform_over_seeds_and_over_indexes() -> None:
-    for numbers in ([uniform(seed, 0) for seed in range(4000)], [uniform(2**64 - 1, i) for i in range(4000)]):
+    over_seeds = [uniform_bits(seed, 0) for seed in range(4000)]
+    for numbers in (over_seeds, [uniform_bits(2**64 - 1, index) for index in range(4000)]):
         counts = [0] * 20
         for number in numbers:
-            assert 0 <= number < 1
-            counts[int(number * 20)] += 1
+            assert 0 <= number < 1 << UNIFORM_BITS
+            counts[number * 20 >> UNIFORM_BITS] += 1
         assert sum((count - 200) ** 2 / 200 for count in counts) < 52  # chi-square, 19 degrees: p > 7e-5

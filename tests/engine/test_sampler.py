@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from isthmus.engine.philox import uniform
+from isthmus.engine.philox import UNIFORM_BITS, uniform_bits
 from isthmus.engine.sampler import SamplingInput, _adjusted, _argmax, _argmax_on_device, _draw, sample
 from isthmus.errors import NonFiniteLogits
 from isthmus.types import Request, SamplingParams, Token
@@ -88,7 +88,8 @@ def reference(logits: Sequence[float], request: Request, token_ids: Sequence[int
     if sampling.top_p < 1:
         order = order[: 1 + next(n for n, reached in enumerate(mass) if compare.at_least(reached, needed))]
     order = [i for i in order if compare.at_least(p[i], Fraction(sampling.min_p))]
-    target = Fraction(uniform(request.seed, len(token_ids))) * sum(p[i] for i in order)
+    uniform = Fraction(uniform_bits(request.seed, len(token_ids)), 1 << UNIFORM_BITS)
+    target = uniform * sum(p[i] for i in order)
     passed = accumulate(p[i] for i in order)
     token_id = next(i for i, reached in zip(order, passed, strict=True) if not compare.at_least(target, reached))
     return Reference(token_id, compare.margin)

@@ -49,7 +49,7 @@ class EngineRun:
             layer.fill_(torch.nan)
         self.engine = engine
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(engine.cache.num_blocks, generator=generator).tolist()
+        order = torch.randperm(engine.cache.shape.num_blocks, generator=generator).tolist()
         self.table = order[: engine.layout.num_blocks(num_positions)]
         self.free = order[len(self.table) :]
 

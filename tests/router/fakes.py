@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,12 +105,14 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.max_tokens_sent: int | None = None  # then it falls silent
         self.token_interval_s = 0.0
         self.answers_reserve = True
+        self.answer_delays_s: Iterator[float] = iter(())  # of reservations, one after the other
         self.tokens_per_step = 1
         self.total_blocks = 1000
         self.lose_sessions = asyncio.Event()
         self.keeps_streams = False  # of a lost session
         self.hellos: list[decode_pb2.RouterHello] = []
         self.rearms: list[decode_pb2.Rearm] = []
+        self.moves: list[decode_pb2.Move] = []
 
     async def Session(  # noqa: N802
         self, request_iterator: AsyncIterator[decode_pb2.SessionRequest], context: Any
@@ -192,7 +194,8 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             layout_fingerprint=LAYOUT.fingerprint,
             missing=[types_pb2.Extent(plane=0, layer=0, first_token=0, num_tokens=num_prompt_tokens)],
         )
-        outgoing.put_nowait(decode_pb2.SessionResponse(reserved=reserved))
+        answer = decode_pb2.SessionResponse(reserved=reserved)
+        asyncio.get_running_loop().call_later(next(self.answer_delays_s, 0.0), outgoing.put_nowait, answer)
 
     async def Find(self, request: decode_pb2.FindRequest, context: Any) -> decode_pb2.FindResponse:  # noqa: N802
         return decode_pb2.FindResponse(found=request.request_id in self.streams)
@@ -246,6 +249,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
     def _move(self, move: decode_pb2.Move, outgoing: Any) -> None:
         """The target claims at once; nothing is left here."""
         stream = self.streams[move.request_id]
+        self.moves.append(move)
         self.cluster_commit(move.target.transfer_id)
         self._drop(stream)
         moved = decode_pb2.Moved(request_id=move.request_id, transfer_id=move.target.transfer_id, acked=True)

@@ -147,6 +147,25 @@ async def test_a_leaving_decode_worker_hands_its_stream_to_another(router: Runni
     assert len(router.cluster.prefill[0].requests) == 1, "nothing is computed again"
 
 
+async def test_a_reservation_that_is_answered_too_late_is_not_taken_for_the_next(router: RunningRouter) -> None:
+    for fake in router.cluster.decode:
+        fake.token_interval_s = 0.03
+    call = router.call(ask(max_tokens=60))
+    _, tokens = await read_tokens(call, 5)
+    first = serving(router.cluster)
+    (other,) = (fake for fake in router.cluster.decode if fake is not first)
+    other.answer_delays_s = iter([0.35, 0.2])
+
+    first.leave()
+    more, _ = await rest_of(call)
+
+    assert tokens + more == LONG
+    moved = [event for event in router.cluster.ledger.read() if event.event == "request.moved"]
+    assert [event.transfer_id for event in moved] == [first.moves[-1].target.transfer_id]
+    assert first.moves[-1].target.counter == other.reserves[-1].attach.counter
+    assert [reserve.attach.counter for reserve in other.reserves] == [2, 3], "the first one's end is not the second's"
+
+
 async def test_nowhere_to_go_the_stream_stays(router: RunningRouter) -> None:
     for fake in router.cluster.decode:
         fake.token_interval_s = 0.01

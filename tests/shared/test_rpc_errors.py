@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from typing import Any
 
 import grpc
@@ -12,7 +12,7 @@ import pytest
 from isthmus import errors
 from isthmus.errors import FieldViolation, InvalidRequest, IsthmusError, Overloaded
 from isthmus.rpc import PUBLIC_RECEIVE_BYTES, bind_grpc, channel, create_server
-from isthmus.rpc_errors import error_from_status, status_of, typed_error, typed_errors
+from isthmus.rpc_errors import error_from_rpc, error_from_status, status_of, typed_error
 from isthmus.v1 import decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 
@@ -62,6 +62,15 @@ async def serving(servicer: Inference) -> AsyncGenerator[grpc.aio.Channel]:
             yield opened
     finally:
         await server.stop(0)
+
+
+@contextlib.contextmanager
+def typed_errors() -> Generator[None]:
+    """Calls made inside raise what `error_from_rpc` makes of their failure."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
 
 
 async def test_unary_error_keeps_class_field_and_retry_delay():

@@ -1,6 +1,6 @@
 """Every torch operation allowed on the token path, with the reason why a row's bits do not depend on its batch.
 
-`tests/engine/test_oplist.py` records what prefill, decode, replay and sampling dispatch and fails on anything else; it
+`test_oplist.py` records what prefill, decode, replay and sampling dispatch and fails on anything else; it
 also computes each operation of the last three kinds alone and in batches of 1 to 256 rows and compares bits.
 """
 
