@@ -23,6 +23,7 @@ class Attendance:
         self._context = context
         self._wrap = wrap
         self._is_writing = False
+        self._is_known = False  # the client has been told the request's id: it can come back for it
         self._has_left = False
         self.received_at = received_at
         self.timeout_s = timeout_s
@@ -35,12 +36,12 @@ class Attendance:
         self._is_writing = True
         try:
             await self._context.write(self._wrap(response))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, grpc.aio.InternalError) as error:
             task = asyncio.current_task()
             if self._retention_s == 0 or (task is not None and task.cancelling()):
-                raise
+                raise asyncio.CancelledError from error
             self._leave()  # gRPC says so when the client is gone, to whoever writes
-        self._is_writing = False
+        self._is_writing, self._is_known = False, True
 
     @property
     def can_say_more(self) -> bool:
@@ -69,7 +70,7 @@ class Attendance:
 
     @property
     def _retention_s(self) -> int:
-        return self.call.retention_s if self.call is not None else 0
+        return self.call.retention_s if self.call is not None and self._is_known else 0
 
     def _leave(self) -> None:
         if not self._has_left:

@@ -31,6 +31,7 @@ class Call:
     num_attempts: int = 0
     num_cached_tokens: int = 0
     stream: DecodeStream | None = None  # while decode has it
+    lost_at: float | None = None  # a worker was lost, and no token has come since
     served_by: inference_pb2.ServedBy = field(default_factory=inference_pb2.ServedBy)
 
     @property

@@ -81,8 +81,9 @@ class Dispatch:
     @asynccontextmanager
     async def _admitted(self, call: Call) -> AsyncIterator[Order]:
         """Holds a slot; the ledger tells how the request ended, and so does the client's last message."""
-        order = self._admission.order(call.request.priority)
+        order, came_at = self._admission.order(call.request.priority), self._clock.now()
         async with self._admission.slot(order, self._queue_deadline(call) - self._clock.now()):
+            call.record(self._ledger, "request.queued", ms=round(1000 * (self._clock.now() - came_at), 1))
             try:
                 yield order
                 self._settings.failpoints.hit("router.before_finished")

@@ -132,6 +132,9 @@ class Drive:
             self.call.num_cached_tokens = max(self.call.num_cached_tokens, self.attempt.num_cached_tokens)
             if delivery.finish_reason is not None:
                 self._end_stream(delivery.finish_reason)
+            if self.call.lost_at is not None and self.attempt.has_claim:
+                self._record("request.recovered", ms=round(1000 * (self.shared.clock.now() - self.call.lost_at), 1))
+                self.call.lost_at = None
             self.shared.failpoints.hit("router.before_token")
             await self.call.flush(self.shared.clock.now)
 
@@ -200,6 +203,7 @@ class Drive:
         """Returns when it is worth trying again; raises what ends the request."""
         await self.call.flush(self.shared.clock.now)  # what came before the failure is good
         error, num_tokens = failed.error, self.call.delivery.num_tokens
+        self.call.lost_at = self.call.lost_at or self.shared.clock.now()
         self._record("attempt.failed", cause=error.reason, failed=failed.role, detail=error.detail)
         if not isinstance(error, _RETRYABLE):
             raise error from failed
