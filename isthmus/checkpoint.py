@@ -1,5 +1,6 @@
 """A model directory in Hugging Face form: config.json, safetensors, tokenizer. Needs no torch, never unpickles."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ BUNDLED: Final = "bundled"
 _INDEX_FILE: Final = "model.safetensors.index.json"
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_HEADER_BYTES: Final = 100 << 20  # the bound of the safetensors format
-_CHUNK_BYTES: Final = 1 << 20  # stays in the cache between copy and hash
 _HASHING_THREADS: Final = 4
 
 
@@ -177,8 +177,5 @@ def _digest(files: tuple[Path, ...]) -> str:
 
 
 def _content_digest(file: Path) -> str:
-    state, buffer = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
-    with file.open("rb", buffering=0) as stream, memoryview(buffer) as chunk:
-        while num_bytes := stream.readinto(chunk):
-            state.update(chunk[:num_bytes])
-    return state.hexdigest()
+    with file.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()

@@ -42,7 +42,7 @@ def request_to_proto(request: Request) -> types_pb2.EngineRequest:
 
 
 def request_from_proto(message: types_pb2.EngineRequest) -> Request:
-    values: dict[str, Any] = {field.name: getattr(message, field.name, None) for field in fields(Request)}
+    values: dict[str, Any] = {f.name: getattr(message, f.name) for f in fields(Request) if f.name != "timeout_s"}
     for name in ("prompt_token_ids", "eos_token_ids", "emitted_token_ids"):
         values[name] = tuple(values[name])
     values["sampling"] = sampling_from_proto(message.sampling)

@@ -55,9 +55,10 @@ class ErrorMapper(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         method = str(handler_call_details.method)
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream" if handler.response_streaming else "_unary"
+        asks, answers = (
+            "stream" if many else "unary" for many in (handler.request_streaming, handler.response_streaming)
         )
+        kind = f"{asks}_{answers}"
         wrap = _mapped_stream if handler.response_streaming else _mapped_unary
         make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(

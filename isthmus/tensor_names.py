@@ -42,26 +42,16 @@ def find_faults(config: ModelConfig, tensors: Mapping[str, TensorEntry]) -> tupl
     if config.fp8:
         required |= _scale_shapes({**required, **optional}, present)
     known = {**required, **optional}
-    faults = [
-        *_fault("missing", [name for name in required if name not in present]),
-        *_fault("unexpected", [name for name in present if name not in known]),
-        *_fault(
-            "of wrong shape",
-            [
-                f"{name} {list(entry.shape)}, not {list(known[name])}"
-                for name, entry in present.items()
-                if name in known and entry.shape != known[name]
-            ],
-        ),
-        *_fault(
-            f"of a dtype other than {'/'.join(_DTYPES)}",
-            [
-                f"{name} {entry.dtype}"
-                for name, entry in present.items()
-                if name in known and entry.dtype not in _dtypes(config, name)
-            ],
-        ),
-    ]
+    expected = [(name, entry) for name, entry in present.items() if name in known]
+    misshapen = [(name, list(entry.shape)) for name, entry in expected if entry.shape != known[name]]
+    unreadable = [f"{name} {entry.dtype}" for name, entry in expected if entry.dtype not in _dtypes(config, name)]
+    names = {
+        "missing": [name for name in required if name not in present],
+        "unexpected": [name for name in present if name not in known],
+        "of wrong shape": [f"{name} {shape}, not {list(known[name])}" for name, shape in misshapen],
+        f"of a dtype other than {'/'.join(_DTYPES)}": unreadable,
+    }
+    faults = [_fault(kind, faulty) for kind, faulty in names.items() if faulty]
     return faults, tuple(name for name in {**draft, **optional_draft} if name in present)
 
 
@@ -193,8 +183,6 @@ def _prefixed(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def _fault(kind: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
+def _fault(kind: str, names: list[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return [f"{len(names)} tensors {kind}: {', '.join(names[:_LISTED])}{more}"]
+    return f"{len(names)} tensors {kind}: {', '.join(names[:_LISTED])}{more}"

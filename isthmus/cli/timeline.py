@@ -95,7 +95,7 @@ class Timeline:
 
     def _tries(self) -> list[str]:
         said = self.summary()
-        lines = [f"attempt {one['attempt']}: {one['what']}" for one in said["attempts"]]
+        lines = [f"{one['ms']:.0f} ms  {one['process']}  {one['what']}" for one in said["attempts"]]
         return lines + [
             f"refused by {one['worker']}: {one['reason']} {one['detail']}".rstrip() for one in said["refused"]
         ]
@@ -159,7 +159,7 @@ _WORDS = {
     "request.rearmed": "rearmed: {num_missing_rows} rows missing",
     "request.moved": "moved from {worker} to {to}",
     "request.move_failed": "could not be moved: {cause}",
-    "request.recovered": "recovered {cause}",
+    "request.recovered": "decode has the stream again, {ms} ms later",
     "request.resumed": "resumed at token {index}",
     "stream.replayed": "replayed {num_tokens} tokens in {ms} ms",
     "request.failed": "given up by its router: {cause}",

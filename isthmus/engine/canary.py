@@ -75,7 +75,9 @@ def _outcomes(runner: Runner, sequences: Sequence[_Sequence], *, cut: int | None
     states = [hashlib.sha256() for _ in sequences]
 
     def watch(logits: torch.Tensor) -> None:
-        _require_finite(logits)
+        if not bool(torch.isfinite(logits).all()):
+            mend = "check the weights and the dtype"
+            raise CannotStart("model", "the start-up check gives NaN or infinite logits", mend)
         for state, row in zip(states, logits.cpu(), strict=True):
             state.update(row.numpy().tobytes())
 
@@ -102,11 +104,6 @@ def _outcomes(runner: Runner, sequences: Sequence[_Sequence], *, cut: int | None
             latents = layer[blocks].flatten(0, 1)[: len(one.prompt) + done]
             state.update(latents.cpu().view(torch.uint8).numpy().tobytes())
     return [state.digest() for state in states]
-
-
-def _require_finite(logits: torch.Tensor) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise CannotStart("model", "the start-up check gives NaN or infinite logits", "check the weights and the dtype")
 
 
 def _ingredients(runner: Runner) -> dict[str, str]:

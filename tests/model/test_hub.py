@@ -58,7 +58,9 @@ try:
     match call:
         case "fetch": print(hub.fetch(name, revision=revision))
         case "pinned": print(hub_model.pinned(model))
-        case "fetch_headers": print(json.dumps(hub_model.fetch_headers(name, revision=revision)))
+        case "fetch_headers":
+            headers = hub_model.fetch_headers(name, revision=revision)
+            print(json.dumps({key: [str(e.file), e.dtype, e.shape, e.num_bytes] for key, e in headers.items()}))
 except CannotStart as error:
     sys.exit(str(error))
 """
