@@ -45,7 +45,7 @@ class Attachments:
             if stream is not None and stream.attach.router_incarnation == router:
                 self._bind(stream, session, index)
             elif stream is not None:
-                session.send(messages.detached(stream))
+                session.send(messages.detached(stream, stream.attach))
         if self.streams.is_draining:
             session.send(messages.leaving())
 
@@ -68,7 +68,7 @@ class Attachments:
             raise IndexOutOfRange(f"next_index {next_index}: the stream has {stream.num_known} tokens")
         stream.attach = AttachKey(session.router_incarnation, stream.attach.counter + 1)
         if stream.sink is not session:
-            stream.sink.send(messages.detached(stream))
+            stream.sink.send(messages.detached(stream, stream.attach))
             stream.note(ledger, "stream.detached", session.router_incarnation)
         if stream.outgoing is not None:  # the router that moves it has no say any more
             stream.outgoing.abort("attached by another router")

@@ -93,8 +93,9 @@ def attached(stream: Stream, next_index: int) -> Response:
     )
 
 
-def detached(stream: Stream) -> Response:
-    return Response(detached=decode_pb2.Detached(request_id=stream.request_id, attach=_attach_id(stream.attach)))
+def detached(stream: Stream, attach: AttachKey) -> Response:
+    """`attach`: who has it now."""
+    return Response(detached=decode_pb2.Detached(request_id=stream.request_id, attach=_attach_id(attach)))
 
 
 def moved(request_id: str, transfer_id: str, failure: str) -> Response:

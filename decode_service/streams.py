@@ -73,8 +73,8 @@ class Streams:
     def reserve(self, request: Request, attach: AttachKey, session: RouterSession, terms: Terms) -> Stream:
         """Sets blocks aside for prompt and max_tokens and opens the receiver for what is missing.
 
-        A stream of this request that a lower counter holds makes way without a word. Raises Draining, Overloaded,
-        NoFreeBlocks, InvalidRequest, RequestCancelled or StaleOwner; nothing is kept then.
+        A stream of this request that a lower counter holds makes way; only another router is told. Raises Draining,
+        Overloaded, NoFreeBlocks, InvalidRequest, RequestCancelled or StaleOwner; nothing is kept then.
         """
         self.context.failpoints.hit("decode.reserve")
         self._check_admissible(request, attach)
@@ -199,6 +199,8 @@ class Streams:
         if (old := self.get(request.request_id)) is not None:
             if attach.counter <= old.attach.counter:
                 raise StaleOwner("the request is already reserved here")
+            if attach.router_incarnation != old.attach.router_incarnation:
+                old.sink.send(messages.detached(old, attach))
             old.sink = NOBODY
             self.end(old, Ended(FinishReason.CANCELLED, detail="reserved again"))
         if self.tombstones.refuses(request.request_id, attach.counter):

@@ -76,7 +76,8 @@ class Router:
             settings = DispatchSettings(
                 self._config.name, self._config.queue_timeout_s, Failpoints.parse(self._config.failpoints)
             )
-            dispatch = Dispatch(placement, self._admission, settings, clock=self._clock, ledger=self._ledger)
+            locator = Locator(pool, self._clock)
+            dispatch = Dispatch(placement, self._admission, locator, settings, clock=self._clock, ledger=self._ledger)
             self._server.backend = Backend(
                 dispatch, Locator(pool, self._clock), model, text, self._metrics, self._clock
             )

@@ -75,6 +75,8 @@ class Attendance:
     def _leave(self) -> None:
         if not self._has_left:
             self._has_left = True
+            if self.call is not None:
+                self.call.is_attended = False
             unread = RequestCancelled("nobody resumed the request within its retention")
             self.life.interrupt(unread, after_s=self._retention_s)
 

@@ -27,6 +27,7 @@ class Call:
     deadline: float
     write: Write
     retention_s: int = 0  # 0: the request ends with its client
+    is_attended: bool = True  # the client is still there
     counter: int = 0  # of the latest attach
     num_attempts: int = 0
     num_cached_tokens: int = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from isthmus.clock import Clock
-from isthmus.errors import IsthmusError, SlowClient
+from isthmus.errors import AttachedElsewhere, IsthmusError, SlowClient
 from isthmus.failpoints import Failpoints
 from isthmus.ledger import Ledger
 from isthmus.v1 import inference_pb2
@@ -17,6 +17,7 @@ from router.call import Call
 from router.drive import Drive, Shared
 from router.inbox import MAX_BUFFERED_TOKENS, Inbox, Source
 from router.interrupt import Interruptible
+from router.locate import Locator
 from router.losses import Losses
 from router.placement import Ask, DecodePlace, Job, Placement
 from router.policy import NumericsClass
@@ -36,8 +37,16 @@ class Dispatch:
     """Stateless between requests; pool, admission and placement hold what requests share."""
 
     def __init__(
-        self, placement: Placement, admission: Admission, settings: DispatchSettings, *, clock: Clock, ledger: Ledger
+        self,
+        placement: Placement,
+        admission: Admission,
+        locator: Locator,
+        settings: DispatchSettings,
+        *,
+        clock: Clock,
+        ledger: Ledger,
     ):
+        self._locator = locator
         self._admission = admission
         self._settings = settings
         self._clock = clock
@@ -114,6 +123,8 @@ class Dispatch:
                 await (drive.begin() if attached is None else drive.go_on(attached))
             except AttemptFailed as failed:
                 await drive.judge(failed)
+                if not call.is_attended and await self._locator.has(call.request.request_id):
+                    raise AttachedElsewhere("its client has gone on with another copy") from failed
             else:
                 return
             attached = None

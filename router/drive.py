@@ -62,6 +62,12 @@ class Drive:
 
     async def begin(self) -> None:
         """From the prompt, tokens that were emitted already included."""
+        try:
+            await self._begin()
+        except StaleOwner as refused:  # an earlier reservation is still held there: the next counter is higher
+            raise AttemptFailed("decode", refused, was_computing=False) from refused
+
+    async def _begin(self) -> None:
         async with self.shared.placement.place(self.ask) as placed, self._held, self._target_held:
             self._take_place(placed.decode)
             self._note_placed(placed.prefill)

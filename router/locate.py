@@ -15,7 +15,7 @@ from router.worker_pool import WorkerPool
 from router.workers import DecodeWorker
 
 HINT_TIMEOUT_S = 0.1
-FIND_TIMEOUT_S = 0.5
+FIND_TIMEOUT_S = 1.0
 SESSIONS_WAIT_S = 1.0  # a router that has just started meets its workers first
 
 
@@ -49,6 +49,10 @@ class Locator:
             return DecodePlace(worker, await worker.session.attach(request_id, next_index, source), 0)
         except (StreamGone, WorkersUnavailable):
             return None
+
+    async def has(self, request_id: str) -> bool:
+        """Whether any worker this router speaks with has the stream."""
+        return bool(await self._having(request_id, [w for w in self._pool.decode.values() if w.session.is_alive]))
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a stream of any router, and what is kept of a finished one. False when nobody has it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from isthmus.clock import Clock
 from isthmus.convert import request_to_proto
-from isthmus.errors import InvalidRequest, IsthmusError, NumericsMismatch, Overloaded, WorkersUnavailable
+from isthmus.errors import InvalidRequest, IsthmusError, NumericsMismatch, Overloaded, StaleOwner, WorkersUnavailable
 from isthmus.types import FinishReason, Request
 from isthmus.v1 import decode_pb2, types_pb2
 from router import policy
@@ -143,8 +143,8 @@ class Placement:
         """A place at a decode worker that has room now; nobody waits."""
         try:
             return await self._ask_each(ask, timeout_s=MOVE_ANSWER_S)
-        except InvalidRequest as too_large:
-            return too_large
+        except (InvalidRequest, StaleOwner) as refusal:
+            return refusal
 
     @asynccontextmanager
     async def _decode_place(self, ask: Ask) -> AsyncIterator[DecodePlace]:
@@ -179,14 +179,18 @@ class Placement:
             most = max(view.total_blocks * view.block_size for view in views)
             given = f"{job.num_positions} positions of prompt and max_tokens"
             raise InvalidRequest.of("sampling.max_tokens", given, f"at most {most}, the largest decode worker's cache")
-        refusal: IsthmusError = _unavailable("decode")
+        room: IsthmusError | None = None
+        stale: StaleOwner | None = None
         for incarnation in ranked:
             answer = await self._ask_one(ask, workers[incarnation], timeout_s)
             if isinstance(answer, DecodePlace):
                 return answer
             self._note_refused(ask, workers[incarnation], answer)
-            refusal = answer if isinstance(answer, Overloaded) else refusal
-        return refusal
+            room = answer if isinstance(answer, Overloaded) else room
+            stale = answer if isinstance(answer, StaleOwner) else stale
+        if stale is not None and room is None:  # waiting in line would not help, and hold up the others
+            raise stale
+        return room or _unavailable("decode")
 
     def _num_prefix_tokens(self, job: Job, incarnation: str) -> int:
         return self._affinity.num_prefix_tokens(job.prefixes, incarnation)

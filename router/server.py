@@ -12,7 +12,14 @@ from google.protobuf.message import DecodeError, Message
 
 from isthmus.clock import Clock
 from isthmus.config import RouterConfig
-from isthmus.errors import Draining, InvalidRequest, IsthmusError, RequestCancelled, WorkersUnavailable
+from isthmus.errors import (
+    AttachedElsewhere,
+    Draining,
+    InvalidRequest,
+    IsthmusError,
+    RequestCancelled,
+    WorkersUnavailable,
+)
 from isthmus.metrics import Metrics
 from isthmus.serving import until_none_left
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
@@ -161,6 +168,8 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
     async def _serve(self, attendance: Attendance, call: Call, work: Callable[[], Awaitable[None]]) -> None:
         attendance.call = call
         request_id = call.request.request_id
+        if (before := self._attended.get(request_id)) is not None:
+            before.life.interrupt(AttachedElsewhere("another call took the stream over"))
         self._attended[request_id] = attendance
         try:
             await work()

@@ -222,7 +222,7 @@ class Session:
 
     def _lose_connection(self, problem: str) -> bool:
         """After a conversation broke off by itself, True: its streams wait for the connection to be made again."""
-        is_blip = self.is_alive
+        is_blip = self.is_alive and not self.is_silent  # a peer that froze will not shake hands either
         if is_blip:
             self.hello = None
             for stream in [s for s in self._streams.values() if not s.answer.done() or s.rearmed is not None]:

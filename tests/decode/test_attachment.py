@@ -243,6 +243,20 @@ async def test_a_running_stream_makes_way_for_a_higher_counter() -> None:
         assert tokens == oracle(asked)
 
 
+async def test_a_router_whose_stream_makes_way_for_another_router_hears_of_it() -> None:
+    asked = request()
+    async with world("d1") as here:
+        first, second = await here.router(), await here.router()
+        await first.start(here.prefill, asked)
+        await first.tokens(asked.request_id, 0, 1)
+        again = await second.reserve(asked, counter=2)
+        told = await first.until("detached")
+        assert told.detached.attach == second.key(2)
+        await here.prefill.fill(asked, again)
+        tokens, _ = await second.rest(asked.request_id, 0)
+        assert tokens == oracle(asked)
+
+
 async def test_a_draining_worker_tells_every_router_and_does_not_wait_for_what_has_finished() -> None:
     asked, kept = request(), request(20)
     async with world("d1") as here:

@@ -527,12 +527,13 @@ async def running_router(
     )
     placement = Placement(pool, admission, clock)
     limits = DispatchSettings("router-0", config.queue_timeout_s, max_buffered_tokens=max_buffered_tokens)
-    dispatch = Dispatch(placement, admission, limits, clock=clock, ledger=cluster.ledger)
+    locator = Locator(pool, clock)
+    dispatch = Dispatch(placement, admission, locator, limits, clock=clock, ledger=cluster.ledger)
     tokenizer: Any = ByteTokenizer()
     server = InferenceServer(config)
     watching = asyncio.create_task(pool.run())
     with TextWorkers(tokenizer, max_prompt_bytes=config.max_prompt_bytes, max_tokens=MODEL.context_length) as text:
-        server.backend = Backend(dispatch, Locator(pool, clock), MODEL, text, metrics, clock)
+        server.backend = Backend(dispatch, locator, MODEL, text, metrics, clock)
         async with serving(server) as address, channel(address) as client:
             router = RunningRouter(
                 inference_pb2_grpc.InferenceServiceStub(client), admission, pool, server, cluster, metrics, address
