@@ -19,7 +19,7 @@ from isthmus.convert import (
     request_from_proto,
     target_from_proto,
 )
-from isthmus.errors import InvalidRequest, IsthmusError, StaleOwner, WorkersUnavailable
+from isthmus.errors import InvalidRequest, IsthmusError, RequestCancelled, StaleOwner, WorkersUnavailable
 from isthmus.log import get_logger
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, decode_pb2_grpc, types_pb2
@@ -79,7 +79,9 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         return decode_pb2.FindResponse(found=stream is not None, next_index=stream.num_known if stream else 0)
 
     async def _greet(self, messages_in: AsyncIterator[decode_pb2.SessionRequest]) -> RouterSession:
-        first = await asyncio.wait_for(anext(messages_in), HELLO_TIMEOUT_S)
+        first = await asyncio.wait_for(anext(messages_in, None), HELLO_TIMEOUT_S)
+        if first is None:
+            raise RequestCancelled("the session was closed before its hello")
         if first.WhichOneof("message") != "hello":
             raise InvalidRequest.of("message", first.WhichOneof("message"), "hello as the first message of a session")
         session = RouterSession(first.hello.router_incarnation)
