@@ -47,7 +47,7 @@ CHAOS_SECONDS ?= 1200
 CHAOS_FLUSHING ?= 60
 CHAOS_FLUSH_EVERY ?= 10
 chaos: $(READY) ## kills, freezes and restarts under load for 20 minutes; CHAOS_SECONDS=180 is what `make test` does
-	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_FLUSHING=$(CHAOS_FLUSHING) CHAOS_FLUSH_EVERY=$(CHAOS_FLUSH_EVERY) \
+	@GRPC_VERBOSITY=ERROR CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_FLUSHING=$(CHAOS_FLUSHING) CHAOS_FLUSH_EVERY=$(CHAOS_FLUSH_EVERY) \
 		$(BIN)/python -m pytest tests/chaos -s $(PYTEST_ARGS)
 
 check: lint types imports proto containers ## all static checks

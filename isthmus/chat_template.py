@@ -121,11 +121,10 @@ class ChatTemplate:
     def _check(self, messages: Sequence[ChatMessage]) -> None:
         if not 1 <= len(messages) <= self._limits.max_messages:
             raise InvalidRequest.of("chat.messages", len(messages), f"1 to {self._limits.max_messages} messages")
-        num_characters = 0
         for i, message in enumerate(messages):
             if message.role not in ROLES:
                 raise InvalidRequest.of(f"chat.messages[{i}].role", message.role, ", ".join(ROLES))
-            num_characters += len(message.content)
+        num_characters = sum(len(message.content) for message in messages)
         if num_characters > self._limits.max_characters:
             allowed = f"at most {self._limits.max_characters} in all messages"
             raise InvalidRequest.of("chat.messages", f"{num_characters} characters", allowed)

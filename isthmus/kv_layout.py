@@ -42,10 +42,7 @@ class KvLayout:
     @property
     def fingerprint(self) -> str:
         """32 hex digits over every field; pools that differ are never paired."""
-        fields = asdict(self)
-        for plane in fields["planes"]:
-            plane["kind"] = plane["kind"].value
-        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(asdict(self), default=lambda kind: kind.value, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     @property

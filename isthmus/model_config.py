@@ -137,9 +137,7 @@ def token_ids(value: object) -> tuple[int, ...]:
 
 
 def _check_heads(raw: Mapping[str, Any], fields: Fields, num_heads: int) -> None:
-    num_kv_heads = raw.get("num_key_value_heads")
-    if num_kv_heads is not None and num_kv_heads != num_heads:
-        raise refused("num_key_value_heads", num_kv_heads, (num_heads,))
+    check_fixed({"num_key_value_heads": (num_heads,)}, raw)
     if fields.size("qk_rope_head_dim") % 2:
         raise refused("qk_rope_head_dim", fields.raw["qk_rope_head_dim"], ("even numbers",))
     if num_heads * fields.size("kv_lora_rank") % 4:  # rows off multiples of 16 bytes get other bits on some processors

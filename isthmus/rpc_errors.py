@@ -55,10 +55,8 @@ class ErrorMapper(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         method = str(handler_call_details.method)
-        asks, answers = (
-            "stream" if many else "unary" for many in (handler.request_streaming, handler.response_streaming)
-        )
-        kind = f"{asks}_{answers}"
+        streams = (handler.request_streaming, handler.response_streaming)
+        kind = "_".join("stream" if many else "unary" for many in streams)
         wrap = _mapped_stream if handler.response_streaming else _mapped_unary
         make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(

@@ -19,7 +19,7 @@ from isthmus.admin import ADMIN_SERVICE, AdminServicer, Identity, ServiceHooks
 from isthmus.config import EXIT_CANNOT_START, ConfigT, ServiceConfig, load
 from isthmus.errors import CannotStart
 from isthmus.health import HealthServicer, HealthState
-from isthmus.http_health import http_health
+from isthmus.http.health import http_health
 from isthmus.rpc import INTERNAL_RECEIVE_BYTES, bind_grpc, create_server
 from isthmus.v1 import admin_pb2_grpc
 

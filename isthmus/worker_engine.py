@@ -16,7 +16,8 @@ def open_engine(config: WorkerConfig, tell: Callable[[str], None]) -> Engine:
         raise CannotStart("device", "blocks in GPU memory cannot be transferred yet", "set --device cpu")
     checkpoint = Checkpoint.open(config.model, config.context_length)
     layout = kv_layout(checkpoint.config, "", dtype=config.dtype, block_size=config.block_size)
-    num_positions = (config.num_blocks or config.cache_bytes // layout.block_bytes) * config.block_size
+    num_blocks = config.num_blocks or config.cache_bytes // layout.block_bytes
+    num_positions = num_blocks * config.block_size
     if num_positions < checkpoint.config.context_length:
         problem = f"the cache holds {num_positions} positions, one request may need {checkpoint.config.context_length}"
         raise CannotStart("cache_bytes", problem, "set --num-blocks or --cache-bytes higher, or --context-length lower")
@@ -25,8 +26,7 @@ def open_engine(config: WorkerConfig, tell: Callable[[str], None]) -> Engine:
         dtype=config.dtype,
         device=config.device,
         block_size=config.block_size,
-        num_blocks=config.num_blocks,
-        cache_bytes=config.cache_bytes,
+        num_blocks=num_blocks,
         progress=lambda done, total: tell(f"weights loaded: {done >> 20:,} of {total >> 20:,} MiB"),
     )
 

@@ -4,6 +4,7 @@ The process that owns memory decides by itself; a store may be flushed, rolled b
 twin that tests use in its place (`tests/ownership_memory.py`) obey one suite.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from isthmus.types import BlockCounts
 from kv_transfer.counters import Counters
 from kv_transfer.handoff import HandoffState
 
+START_WAIT_S, START_POLL_S = 4.0, 0.2  # for a Redis that starts, or stands still, as this process does
 BLOCK_HASH_BYTES = 16
 MAX_BLOCK_HASHES = 65_536  # of one worker's snapshot: 1 MiB
 SEQUENCE_BYTES = 8  # ahead of the hashes
@@ -181,13 +183,27 @@ class OwnershipStore(Protocol):
 OpenStore = Callable[[str], OwnershipStore]  # by URL; it connects at its first command
 
 
+async def _answers(store: OwnershipStore, give_up_at: float) -> bool:
+    """A try, and a moment's rest if it failed. Raises StoreUnavailable when it is too late for another."""
+    try:
+        await store.ping()
+    except StoreUnavailable:
+        if asyncio.get_running_loop().time() >= give_up_at:
+            raise
+        await asyncio.sleep(START_POLL_S)
+        return False
+    return True
+
+
 @asynccontextmanager
 async def connected(open_store: OpenStore, config: ServiceConfig) -> AsyncIterator[OwnershipStore]:
-    """A store that answered once. Raises CannotStart when it does not."""
+    """A store that answered once. Raises CannotStart when it does not for a while."""
     store = open_store(config.redis_url)
+    give_up_at = asyncio.get_running_loop().time() + START_WAIT_S
     try:
         try:
-            await store.ping()
+            while not await _answers(store, give_up_at):
+                pass
         except StoreUnavailable as error:
             problem = f"Redis at {config.redis_shown} does not answer"
             raise CannotStart(

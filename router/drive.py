@@ -27,7 +27,7 @@ from router.placement import Ask, DecodePlace, Placement, PrefillPlace
 from router.prefill_call import prefilling
 from router.workers import SUSPECT_S
 
-CLAIM_WAIT_S = 1.0  # for decode's first word, when nothing is missing any more
+CLAIM_WAIT_S = 0.5  # for decode's first word, when nothing should be missing any more
 FILL_TIMEOUT_S = 10.0  # of a rearmed transfer; the decode worker's own bound holds too
 # What another worker may do better; anything else would fail there too.
 _RETRYABLE = (WorkerLost, WorkersUnavailable, Draining, Overloaded, StaleOwner, TransferIncomplete)
@@ -80,9 +80,20 @@ class Drive:
             self._take_place(place)
             self.call.served_by.router = self.shared.router_name
             if self.call.delivery.finish_reason is None:
+                await self._wait_for_claim()
                 await self._follow()
             else:  # the client has every token; the worker keeps them for its retention
                 place.stream.let_go()
+
+    async def _wait_for_claim(self) -> None:
+        """A claimed stream says so at once; whoever was to fill another one went with its former router."""
+        try:
+            async with asyncio.timeout(CLAIM_WAIT_S):
+                while not self.attempt.has_claim:
+                    await self.attempt.advance()
+        except TimeoutError as waited:
+            unfilled = TransferIncomplete("the stream was attached before its blocks had come")
+            raise AttemptFailed("decode", unfilled, was_computing=False) from waited
 
     async def _fill(self, prefill: PrefillPlace, missing: Iterable[types_pb2.Extent]) -> None:
         """One prefill worker after the other brings what is missing, until decode needs it no more."""
@@ -116,13 +127,8 @@ class Drive:
         self.call.num_attempts += 1
         try:
             rearmed = await stream.session.rearm(stream, self.attempt.number, FILL_TIMEOUT_S)
-        except StaleOwner as refused:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CLAIM_WAIT_S):
-                    while not (self.attempt.has_claim or self.call.delivery.finish_reason):
-                        await self.attempt.advance()
-            if not self.attempt.has_claim:
-                raise AttemptFailed("decode", refused, was_computing=False) from refused
+        except StaleOwner:
+            await self._wait_for_claim()
             return None
         except (WorkerLost, WorkersUnavailable) as lost:
             raise AttemptFailed("decode", lost, was_computing=False) from lost
@@ -195,6 +201,7 @@ class Drive:
 
     def _take_place(self, place: DecodePlace) -> None:
         self.decode, self.call.stream = place, place.stream
+        self.attempt.is_leaving = place.stream.session.is_leaving
         self.call.served_by.decode = place.worker.record.name
 
     def _note_placed(self, prefill: PrefillPlace) -> None:

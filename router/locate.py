@@ -73,12 +73,18 @@ class Locator:
             return None
 
     async def _having(self, request_id: str, workers: list[DecodeWorker]) -> list[DecodeWorker]:
-        answers = await asyncio.gather(*(self._has(worker, request_id) for worker in workers))
-        return [worker for worker, has in zip(workers, answers, strict=True) if has]
+        """The one that is furthest first: a worker that froze may wake with an older copy."""
+        known = await asyncio.gather(*(self._num_known(worker, request_id) for worker in workers))
+        having = [
+            (num_known, worker) for num_known, worker in zip(known, workers, strict=True) if num_known is not None
+        ]
+        return [worker for _, worker in sorted(having, key=lambda pair: -pair[0])]
 
-    async def _has(self, worker: DecodeWorker, request_id: str) -> bool:
+    async def _num_known(self, worker: DecodeWorker, request_id: str) -> int | None:
+        """Tokens of the stream there; None when it is not."""
         try:
             request = decode_pb2.FindRequest(request_id=request_id)
-            return (await worker.session.stub.Find(request, timeout=FIND_TIMEOUT_S)).found
+            answer = await worker.session.stub.Find(request, timeout=FIND_TIMEOUT_S)
         except grpc.aio.AioRpcError:
-            return False
+            return None
+        return answer.next_index if answer.found else None

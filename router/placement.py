@@ -62,16 +62,17 @@ class PrefillPlace:
     """This request's share of a prefill worker's queue."""
 
     worker: PrefillWorker
+    num_prompt_tokens: int
     num_tokens_ahead: int
 
-    def computed(self, num_tokens: int) -> None:
-        """`num_tokens` of the prompt are left to compute no longer."""
-        num_tokens = max(0, min(num_tokens, self.num_tokens_ahead))
-        self.num_tokens_ahead -= num_tokens
-        self.worker.num_tokens_ahead -= num_tokens
+    def computed_up_to(self, num_tokens: int) -> None:
+        """So much of the prompt is left to compute no longer."""
+        ahead = max(0, min(self.num_tokens_ahead, self.num_prompt_tokens - num_tokens))
+        self.worker.num_tokens_ahead -= self.num_tokens_ahead - ahead
+        self.num_tokens_ahead = ahead
 
     def give_back(self) -> None:
-        self.computed(self.num_tokens_ahead)
+        self.computed_up_to(self.num_prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,8 @@ class Placement:
         async with self._admission.placing.turn(job.order, job.queue_deadline - started_at):
             while isinstance(worker := self._choose_prefill(ask), IsthmusError):
                 await self._wait(worker, ask, started_at)
-            place = PrefillPlace(worker, len(job.request.prompt_token_ids))
+            num_tokens = len(job.request.prompt_token_ids)
+            place = PrefillPlace(worker, num_tokens, num_tokens)
             worker.num_tokens_ahead += place.num_tokens_ahead
         try:
             yield place

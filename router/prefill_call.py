@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import grpc.aio
 
-from isthmus.errors import RequestCancelled, WorkerLost
+from isthmus.errors import IsthmusError, RequestCancelled, WorkerLost
 from isthmus.log import get_logger
 from isthmus.rpc_errors import error_from_rpc
 from isthmus.v1 import prefill_pb2
@@ -35,33 +35,37 @@ async def prefilling(
 
 async def _read(place: PrefillPlace, request: prefill_pb2.PrefillRequest, source: Source, timeout_s: float) -> None:
     """Never raises but by cancellation: the request's task learns everything from its source."""
+    error: IsthmusError = WorkerLost("the prefill worker ended the call early")
     try:
-        call = place.worker.stub.Prefill(request, timeout=timeout_s)
-        num_computed, is_done = 0, False
-        async for response in call:
-            match response.WhichOneof("event"):
-                case "progress":
-                    place.computed(response.progress.num_computed_tokens - num_computed)
-                    num_computed = response.progress.num_computed_tokens
-                    source.put(response.progress)
-                case "first_token":
-                    place.computed(place.num_tokens_ahead)
-                    source.put(response.first_token)
-                case "done":
-                    is_done = True
-                    source.put(response.done)
-                case _:
-                    pass  # queued, or news of a later version
-        error = None if is_done else WorkerLost("the prefill worker ended the call early")
+        async for response in place.worker.stub.Prefill(request, timeout=timeout_s):
+            _pass_on(response, place, source)
+            if response.HasField("done"):
+                return
     except asyncio.CancelledError:
         source.put(Failed(WorkerLost("the prefill call was dropped")))  # heard only if its channel was closed
         raise
     except grpc.aio.AioRpcError as rpc_error:
-        error = error_from_rpc(rpc_error)
-        if isinstance(error, RequestCancelled):  # by the worker's side, not by the client
-            error = WorkerLost("the prefill worker dropped the call")
+        said = error_from_rpc(rpc_error)
+        # Cancelled by the worker's side, not by the client.
+        error = WorkerLost("the prefill worker dropped the call") if isinstance(said, RequestCancelled) else said
+    except grpc.aio.UsageError:  # the pool has closed the channel of a worker that left
+        error = WorkerLost("the prefill worker has left")
     except Exception as unexpected:  # noqa: BLE001 - the task's root
         _log.exception("prefill.failed", unexpected, request_id=request.request.request_id)
         error = WorkerLost("the prefill worker's answer could not be read")
-    if error is not None:
-        source.put(Failed(error))
+    source.put(Failed(error))
+
+
+def _pass_on(response: prefill_pb2.PrefillResponse, place: PrefillPlace, source: Source) -> None:
+    """What a request wants to hear; not `queued`, nor news of a later version."""
+    match response.WhichOneof("event"):
+        case "progress":
+            place.computed_up_to(response.progress.num_computed_tokens)
+            source.put(response.progress)
+        case "first_token":
+            place.give_back()
+            source.put(response.first_token)
+        case "done":
+            source.put(response.done)
+        case _:
+            pass

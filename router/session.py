@@ -276,7 +276,8 @@ class Session:
             case "leaving":
                 self.is_leaving = True
                 for stream in self._streams.values():
-                    stream.source.put(message.leaving)
+                    if stream.answer.done():  # else it may be placed elsewhere yet
+                        stream.source.put(message.leaving)
                 self.on_change()
             case "attached":
                 self._tell(message.attached.request.request_id, message.attached)

@@ -33,30 +33,25 @@ class Engine:
         return self.model_config.context_length
 
     @classmethod
-    def open(  # noqa: PLR0913 - settings, by keyword
+    def open(
         cls,
         checkpoint: Checkpoint,
         *,
         dtype: Literal["fp32", "bf16"] = "fp32",
         device: Literal["cpu", "cuda"] = "cpu",
         block_size: int = 16,
-        num_blocks: int | None = None,
-        cache_bytes: int = 256 << 20,
+        num_blocks: int,
         progress: Progress = lambda *_: None,
     ) -> "Engine":
-        """Loads the weights, runs the canary. `num_blocks` None: as many as `cache_bytes` hold. Raises CannotStart.
-
-        `block_size` divides the tile of 64 tokens.
-        """
+        """Loads the weights, runs the canary. `block_size` divides the tile of 64 tokens. Raises CannotStart."""
         torch_device = _open_device(device)
         layout = kv_layout(checkpoint.config, "", dtype=dtype, block_size=block_size)
-        count = num_blocks if num_blocks is not None else cache_bytes // layout.block_bytes
         with ThreadPoolExecutor(1) as hashing:
             digest = hashing.submit(lambda: checkpoint.digest)
             model = load_model(checkpoint, TORCH_DTYPES[dtype], torch_device, progress)
         layout = replace(layout, model_digest=digest.result())
-        cache = LatentCache(layout, count, torch_device)
-        pool = BlockPool(count, block_size)
+        cache = LatentCache(layout, num_blocks, torch_device)
+        pool = BlockPool(num_blocks, block_size)
         runner = Runner(model, cache)
         return cls(
             model_config=checkpoint.config,

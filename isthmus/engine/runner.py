@@ -18,16 +18,12 @@ __all__ = ["TILE", "DecodeRow", "PrefillChunk", "Runner"]
 LATENT_PLANE = 0
 
 
-def _ignore(_layer: int) -> None:
-    pass
-
-
 class Runner:
     def __init__(self, model: Model, cache: LatentCache) -> None:
         self.model = model
         self.cache = cache
 
-    def prefill(self, chunks: Sequence[PrefillChunk], on_layer: Callable[[int], None] = _ignore) -> Tensor:
+    def prefill(self, chunks: Sequence[PrefillChunk], on_layer: Callable[[int], None] = lambda _: None) -> Tensor:
         """Logits [chunks with needs_logits, vocab] in fp32, in their order. A sequence has at most one chunk a step.
 
         `on_layer(l)` follows the storing of layer l's latents; it may raise to abort, the step's rows are then void.
@@ -36,7 +32,7 @@ class Runner:
             self._check(chunk.token_ids, first=chunk.start, block_table=chunk.block_table)
         return self._forward(prefill_step, chunks, on_layer)
 
-    def decode(self, rows: Sequence[DecodeRow], on_layer: Callable[[int], None] = _ignore) -> Tensor:
+    def decode(self, rows: Sequence[DecodeRow], on_layer: Callable[[int], None] = lambda _: None) -> Tensor:
         """Logits [rows, vocab] in fp32. Several rows of one sequence (replay) see one another up to their position."""
         for row in rows:
             self._check((row.token_id,), first=row.position, block_table=row.block_table)

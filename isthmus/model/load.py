@@ -13,7 +13,7 @@ from torch import Tensor
 
 from isthmus.checkpoint import Checkpoint
 from isthmus.model.attention import Attention
-from isthmus.model.mlp import DenseMlp, ExpertsMlp, Mlp, NormedMlp
+from isthmus.model.mlp import DenseMlp, ExpertsMlp
 from isthmus.model.model import Layer, Model
 from isthmus.model.rope import position_tables
 from isthmus.model.weights import Part, Progress, Weights
@@ -41,7 +41,7 @@ def load_model(
     draft_tensors = check_tensors(checkpoint)
     config = checkpoint.config
     keeps_fp8 = device.type == "cuda" if keeps_fp8 is None else keeps_fp8
-    with Weights(checkpoint, dtype, device, progress, keeps_fp8=keeps_fp8, left_out=draft_tensors) as weights:
+    with Weights(checkpoint, dtype, device, progress, keeps_fp8, draft_tensors) as weights:
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
             layers = tuple(threads.map(lambda layer: _layer(config, layer, weights), range(config.num_layers)))
         embedding = weights.tensor("model.embed_tokens.weight")
@@ -120,11 +120,11 @@ def _dense_mlp(weights: Weights, prefix: str) -> DenseMlp:
     return DenseMlp(gate_up, weights.linear(Part(f"{prefix}down_proj")))
 
 
-def _mixture(config: ModelConfig, experts: Experts, weights: Weights, layer: str) -> Mlp:
+def _mixture(config: ModelConfig, experts: Experts, weights: Weights, layer: str) -> ExpertsMlp:
     routing, prefix = experts.routing, f"{layer}mlp."
     bias = f"{prefix}gate.e_score_correction_bias"
     gate_up, down = _stacks(experts, weights, f"{prefix}experts.")
-    mlp = ExpertsMlp(
+    return ExpertsMlp(
         router=weights.tensor(f"{prefix}gate.weight", torch.float32 if routing.in_fp32 else None).t(),
         bias=weights.tensor(bias, torch.float32) if bias in weights.entries else None,
         rule=ref.RouterRule(
@@ -139,10 +139,9 @@ def _mixture(config: ModelConfig, experts: Experts, weights: Weights, layer: str
         gate_up=gate_up,
         down=down,
         shared=_dense_mlp(weights, f"{prefix}shared_experts.") if experts.num_shared else None,
+        norm=weights.tensor(f"{layer}post_mlp_layernorm.weight") if experts.norm_output else None,
+        norm_eps=config.rms_norm_eps,
     )
-    if not experts.norm_output:
-        return mlp
-    return NormedMlp(mlp, weights.tensor(f"{layer}post_mlp_layernorm.weight"), config.rms_norm_eps)
 
 
 def _stacks(experts: Experts, weights: Weights, prefix: str) -> tuple[ref.Matrices, ref.Matrices]:

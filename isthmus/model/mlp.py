@@ -27,6 +27,8 @@ class ExpertsMlp:
     gate_up: ref.Matrices  # per expert [D, 2 * width], gate first
     down: ref.Matrices
     shared: DenseMlp | None
+    norm: Tensor | None  # [D] of the output (A.X-K1)
+    norm_eps: float
 
     def forward(self, x_ND: Tensor, num_rows: int, *, group: int) -> Tensor:
         """[N, D]; padding rows get the shared expert alone, or zeros."""
@@ -35,7 +37,7 @@ class ExpertsMlp:
         routed = ref.expert_mlps(x_ND, routing, self.gate_up, self.down).to(x_ND.dtype)
         out = torch.zeros_like(x_ND) if self.shared is None else self.shared.forward(x_ND, num_rows, group=group)
         out.narrow(0, 0, num_rows).add_(routed)
-        return out
+        return out if self.norm is None else ref.rms_norm(out, self.norm, eps=self.norm_eps)
 
     def route(self, x_ND: Tensor, *, group: int) -> ref.Routing:
         """The scores are fp32 in any case: a rounding step here picks another expert."""
@@ -43,16 +45,4 @@ class ExpertsMlp:
         return ref.route(logits.float(), self.bias, self.rule)
 
 
-@dataclass(frozen=True, slots=True)
-class NormedMlp:
-    """A.X-K1: a norm on the output of the mixture."""
-
-    experts: ExpertsMlp
-    norm: Tensor  # [D]
-    eps: float
-
-    def forward(self, x_ND: Tensor, num_rows: int, *, group: int) -> Tensor:
-        return ref.rms_norm(self.experts.forward(x_ND, num_rows, group=group), self.norm, eps=self.eps)
-
-
-Mlp = DenseMlp | ExpertsMlp | NormedMlp
+Mlp = DenseMlp | ExpertsMlp

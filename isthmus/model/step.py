@@ -124,6 +124,7 @@ def _step_rows(
     token_ids: np.ndarray,
     positions: np.ndarray,
     slots: np.ndarray,
+    *,
     group: int,
     logit_rows: list[int],
     device: torch.device,

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,33 +26,26 @@ class Part(NamedTuple):
     places: Tensor | None = None  # None: in order
 
 
+@dataclass
 class Weights:
     """Open weight files. Any thread may read; closing the context ends the mappings, never what was read."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress,
-        *,
-        keeps_fp8: bool,
-        left_out: Container[str] = (),
-    ) -> None:
-        """`left_out`: tensors that nobody will read; `progress` counts without them."""
-        self.entries: Mapping[str, TensorEntry] = checkpoint.tensors
-        self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._device = device
-        self._keeps_fp8 = keeps_fp8
-        self._progress = progress
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    progress: Progress
+    keeps_fp8: bool
+    left_out: Container[str]  # tensors that nobody will read; `progress` counts without them
+
+    def __post_init__(self) -> None:
+        self.entries: Mapping[str, TensorEntry] = self.checkpoint.tensors
         self._lock = threading.Lock()
         self._done = 0
-        self._total = sum(entry.num_bytes for name, entry in self.entries.items() if name not in left_out)
+        self._total = sum(entry.num_bytes for name, entry in self.entries.items() if name not in self.left_out)
         self._files: dict[str, safe_open] = {}
 
     def __enter__(self) -> "Weights":
-        for file in self._checkpoint.weight_files:
+        for file in self.checkpoint.weight_files:
             try:
                 self._files[file.name] = safe_open(file, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
@@ -64,13 +58,13 @@ class Weights:
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A vector or table as stored, in `dtype` (None: the model's)."""
         stored = self._stored(name)
-        out = torch.empty(stored.shape, dtype=dtype or self._dtype, device=self._device).copy_(stored)
+        out = torch.empty(stored.shape, dtype=dtype or self.dtype, device=self.device).copy_(stored)
         self._count(name)
         return out
 
     def plain(self, *parts: Part) -> Tensor:
         """[out, in] of all parts, the first part's outputs first; dequantised in any case."""
-        out = torch.empty(self._shape(parts), dtype=self._dtype, device=self._device)
+        out = torch.empty(self._shape(parts), dtype=self.dtype, device=self.device)
         self._join(parts, out, None)
         return out
 
@@ -80,13 +74,13 @@ class Weights:
         if not self._stay_fp8(parts):
             return Linear(self.plain(*parts).t(), bias)
         stacked = self._fp8_stack([parts])
-        return Fp8Linear(stacked.weight[0], stacked.scales[0], self._dtype, bias)
+        return Fp8Linear(stacked.weight[0], stacked.scales[0], self.dtype, bias)
 
     def stack(self, matrices: Sequence[Sequence[Part]]) -> ref.Matrices:
         """The matrices as [in, out] views of one block of memory."""
         if self._stay_fp8(matrices[0]):
             return self._fp8_stack(matrices)
-        out = torch.empty(len(matrices), *self._shape(matrices[0]), dtype=self._dtype, device=self._device)
+        out = torch.empty(len(matrices), *self._shape(matrices[0]), dtype=self.dtype, device=self.device)
         for parts, matrix in zip(matrices, out, strict=True):
             self._join(parts, matrix, None)
         return [matrix.t() for matrix in out]
@@ -96,7 +90,7 @@ class Weights:
         return [matrix.t() for matrix in self.tensor(name)]
 
     def _stay_fp8(self, parts: Sequence[Part]) -> bool:
-        return self._keeps_fp8 and all(f"{part.name}.weight_scale_inv" in self.entries for part in parts)
+        return self.keeps_fp8 and all(f"{part.name}.weight_scale_inv" in self.entries for part in parts)
 
     def _shape(self, parts: Sequence[Part]) -> tuple[int, int]:
         shapes = [self.entries[f"{part.name}.weight"].shape for part in parts]
@@ -104,11 +98,11 @@ class Weights:
 
     def _fp8_stack(self, matrices: Sequence[Sequence[Part]]) -> Fp8Experts:
         rows, columns = self._shape(matrices[0])
-        weight = torch.empty(len(matrices), rows, columns, dtype=torch.float8_e4m3fn, device=self._device)
-        scales = torch.empty(len(matrices), rows, -(-columns // ref.FP8_BLOCK), device=self._device)
+        weight = torch.empty(len(matrices), rows, columns, dtype=torch.float8_e4m3fn, device=self.device)
+        scales = torch.empty(len(matrices), rows, -(-columns // ref.FP8_BLOCK), device=self.device)
         for index, parts in enumerate(matrices):
             self._join(parts, weight[index], scales[index])
-        return Fp8Experts(weight, scales, self._dtype)
+        return Fp8Experts(weight, scales, self.dtype)
 
     def _join(self, parts: Sequence[Part], out: Tensor, scales: Tensor | None) -> None:
         first = 0
@@ -147,7 +141,7 @@ class Weights:
         biases: list[Tensor] = []
         for part in parts:
             rows = self.entries[f"{part.name}.weight"].shape[0]
-            bias = torch.zeros(rows, dtype=self._dtype, device=self._device)
+            bias = torch.zeros(rows, dtype=self.dtype, device=self.device)
             if f"{part.name}.bias" in self.entries:
                 _copy(self._stored(f"{part.name}.bias"), bias, slice(0, rows), part.places)
             biases.append(bias)
@@ -159,7 +153,7 @@ class Weights:
     def _count(self, *names: str) -> None:
         with self._lock:
             self._done += sum(self.entries[name].num_bytes for name in names if name in self.entries)
-            self._progress(self._done, self._total)
+            self.progress(self._done, self._total)
 
 
 def _copy(values: Tensor, out: Tensor, rows: slice, places: Tensor | None) -> None:

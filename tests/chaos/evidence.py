@@ -22,7 +22,11 @@ def logged_errors(logs: Path) -> list[str]:
     """What processes themselves took for a fault of the program: it is never a fault's due effect."""
     lines = (line for path in logs.glob("*.log") for line in path.read_text(errors="replace").splitlines())
     events = [json.loads(line) for line in lines if line.startswith("{") and '"level": "error"' in line]
-    return [f"{event['service']} logged {event['event']}: {event.get('traceback', '')[-200:]}" for event in events]
+    return [f"{event['service']} logged {event['event']}: {_last_line(event)}" for event in events]
+
+
+def _last_line(event: Mapping[str, str]) -> str:
+    return event.get("traceback", "").strip().rpartition("\n")[2]
 
 
 async def keep(

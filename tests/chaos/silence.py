@@ -17,7 +17,8 @@ class Wait(NamedTuple):
 
     seconds: float
     net: float  # without what was recomputed for this stream meanwhile
-    is_recovery: bool  # another process took the stream over meanwhile
+    is_recovery: bool = False  # another process took the stream over meanwhile
+    is_compound: bool = False  # a second process was faulted meanwhile
 
 
 @dataclass(slots=True)
@@ -28,9 +29,9 @@ class Silence:
     running: list[Wait] = field(default_factory=list[Wait])  # streams that had a token
     waiting: list[Wait] = field(default_factory=list[Wait])  # streams that waited for their first
 
-    @property
-    def recovered(self) -> list[Wait]:
-        return [wait for wait in self.running if wait.is_recovery]
+    def recovered(self, *, compound: bool = False) -> list[Wait]:
+        """Of streams that another process took over, after this fault alone or after another one on top of it."""
+        return [wait for wait in self.running if wait.is_recovery and wait.is_compound is compound]
 
 
 def silences(records: Iterable[Record], faults: Sequence[Injected], told: Mapping[str, Told]) -> list[Silence]:
@@ -45,19 +46,22 @@ def silences(records: Iterable[Record], faults: Sequence[Injected], told: Mappin
         ends = [end.at for end in record.ends[:1]]
         arrivals = [record.began_at, *(token.at for token in record.tokens), *ends]
         for number, (since, until) in enumerate(itertools.pairwise(arrivals)):
-            cause = _cause(ordered, since, until)
+            within, cause = _causes(ordered, since, until)
             if cause is not None:
                 key, began = (cause, number == 0), max(since, ordered[cause].fault.at)
-                longest[key] = max(longest.get(key, Wait(0.0, 0.0, False)), _wait(began, until, known))
+                wait = _wait(began, until, known)._replace(is_compound=within > 1)
+                longest[key] = max(longest.get(key, Wait(0.0, 0.0)), wait)
         for (cause, is_first), wait in longest.items():
             (ordered[cause].waiting if is_first else ordered[cause].running).append(wait)
     return ordered
 
 
-def _cause(ordered: Sequence[Silence], since: float, until: float) -> int | None:
+def _causes(ordered: Sequence[Silence], since: float, until: float) -> tuple[int, int | None]:
+    """How many processes, Redis left out, were faulted in the span, and the number of the fault it is told to."""
     before = [number for number, silence in enumerate(ordered) if silence.fault.at < until]
     within = [number for number in before if ordered[number].fault.at >= since]
-    return within[0] if within else (before[-1] if before else None)
+    num_faulted = len({ordered[number].fault.process for number in within} - {"redis"})
+    return num_faulted, within[0] if within else (before[-1] if before else None)
 
 
 def _wait(since: float, until: float, known: Sequence[Told]) -> Wait:
@@ -66,7 +70,7 @@ def _wait(since: float, until: float, known: Sequence[Told]) -> Wait:
     begun_again = [at for one in known[1:] for at in one.begun]
     recoveries = [*begun_again, *(at for one in known for at in one.recoveries)]
     is_recovery = any(since - _LEDGER_SKEW_S < at <= until + _LEDGER_SKEW_S for at in recoveries)
-    return Wait(until - since, max(0.0, until - since - inside), is_recovery)
+    return Wait(until - since, max(0.0, until - since - inside), is_recovery=is_recovery)
 
 
 def quantile(values: Sequence[float], part: float) -> float:
@@ -75,8 +79,8 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 
 def recovered(seen: Iterable[Silence], *kinds: str) -> list[float]:
-    """Seconds that recovered streams waited at faults of these kinds, their recompute time left out."""
-    return [wait.net for one in seen if one.fault.kind in kinds for wait in one.recovered]
+    """Seconds that recovered streams waited after one fault of these kinds, their recompute time left out."""
+    return [wait.net for one in seen if one.fault.kind in kinds for wait in one.recovered()]
 
 
 _HEADER = """\
@@ -85,19 +89,28 @@ fault             count  number    p50    p99    max         p50    p99    max  
 
 
 def table(seen: Sequence[Silence]) -> str:
-    """By kind of fault. Recovered streams are those another process took over; all figures but counts in seconds."""
-    return "\n".join([_HEADER, *(_row(kind, seen) for kind in sorted({one.fault.kind for one in seen}))])
+    """By kind of fault; all figures but counts in seconds. Recovered streams are those another process took over; the
+
+    last row has those that were hit by a second fault before their next token.
+    """
+    kinds = sorted({one.fault.kind for one in seen})
+    compound = [wait for one in seen for wait in one.recovered(compound=True)]
+    return "\n".join([_HEADER, *(_row(kind, seen) for kind in kinds), f"{'two at once':23}{_recovered(compound)}"])
 
 
 def _row(kind: str, seen: Sequence[Silence]) -> str:
     faults = [one for one in seen if one.fault.kind == kind]
-    waits = [wait for one in faults for wait in one.recovered]
-    longest = max((wait.seconds for one in faults for wait in one.running), default=0.0)
+    longest = max((wait.seconds for one in faults for wait in one.running if not wait.is_compound), default=0.0)
     firsts = [wait.seconds for one in faults for wait in one.waiting]
     back = quantile([one.fault.served_at - one.fault.at for one in faults], 0.5)
-    gross, net = _quantiles([wait.seconds for wait in waits]), _quantiles([wait.net for wait in waits])
     first = f"{quantile(firsts, 0.5):7.2f}{max(firsts, default=0.0):7.2f}"
-    return f"{kind:18}{len(faults):5}{len(waits):8}{gross}     {net}   {longest:7.2f}    {first} {back:7.1f}"
+    waits = [wait for one in faults for wait in one.recovered()]
+    return f"{kind:18}{len(faults):5}{_recovered(waits)}   {longest:7.2f}    {first} {back:7.1f}"
+
+
+def _recovered(waits: Sequence[Wait]) -> str:
+    gross, net = _quantiles([wait.seconds for wait in waits]), _quantiles([wait.net for wait in waits])
+    return f"{len(waits):8}{gross}     {net}"
 
 
 def _quantiles(values: Sequence[float]) -> str:

@@ -169,6 +169,13 @@ def test_a_stream_is_recovered_when_another_process_took_it_over_in_the_silence(
     taken, spared = silences(
         [with_arrivals(101.0, 104.0, 104.1, 104.2)], [injected(102.0), injected(104.15, "freeze")], told
     )
-    assert [wait.seconds for wait in taken.recovered] == [pytest.approx(2.0)]
+    assert [wait.seconds for wait in taken.recovered()] == [pytest.approx(2.0)]
     assert spared.running
-    assert spared.recovered == []
+    assert spared.recovered() == []
+
+
+def test_what_two_faulted_processes_did_together_is_told_apart() -> None:
+    told, second = {"request": Told(recoveries=[103.0])}, Injected("freeze router", "router-0", 103.0, 108.0)
+    one, _ = silences([with_arrivals(101.0, 106.0)], [injected(102.0), second], told)
+    assert one.recovered() == []
+    assert [wait.seconds for wait in one.recovered(compound=True)] == [pytest.approx(4.0)]

@@ -5,10 +5,11 @@ import random
 
 import pytest
 
-from isthmus.testing.stack import running_stack
+from isthmus.testing.stack import Stack, running_stack, until
 from tests.chaos.evidence import SEED
 from tests.chaos.faults import Chaos, counts
 from tests.chaos.history import Oracle
+from tests.chaos.quiet import num_tasks
 from tests.chaos.silence import quantile, recovered
 from tests.chaos.unharmed import unharmed_load
 
@@ -23,15 +24,22 @@ BOUNDS = (
     (FREEZES, 0.99, 4.0),
     (("kill router",), 0.99, 2.5),
 )
+TASK_SLACK = 5  # hundreds of streams ran: a task left by each, or by each fault, would be more
 SLOWNESS = 3.0  # of a machine that others use too
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(SECONDS + 240)]
 
 
+async def as_few_tasks(stack: Stack, before: dict[str, int]) -> bool:
+    return all(now <= before[name] + TASK_SLACK for name, now in (await num_tasks(stack)).items())
+
+
 async def test_no_stream_is_lost_repeated_wrong_or_hung_whatever_dies(expected: dict[str, Oracle]) -> None:
     with running_stack("--routers", "2", "--prefill", "2", "--decode", "2") as stack:
+        before = await num_tasks(stack)
         async with unharmed_load(stack, expected, num_users=NUM_STREAMS) as run:
             await Chaos(stack, random.Random(SEED), run.faults).run(SECONDS)
+        await until(lambda: as_few_tasks(stack, before), 20, f"tasks as before, {before}: {await num_tasks(stack)}")
     print(counts(run.faults))
     assert len(run.faults) >= FAULTS_PER_S * SECONDS
     for kinds, part, bound_s in BOUNDS:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from isthmus.checkpoint import Checkpoint
+from isthmus.config import DecodeConfig, load
 from isthmus.engine.engine import Engine
 from isthmus.errors import CannotStart
+from isthmus.worker_engine import open_engine
 from tests.engine.engines import bundled_engine
 
 
@@ -31,11 +33,12 @@ def test_cache_memory_is_the_blocks_themselves():
 
 
 def test_cache_bytes_bound_the_blocks():
-    engine = Engine.open(Checkpoint.open("bundled"), cache_bytes=1 << 20, block_size=16)
+    config = load(DecodeConfig, ["--cache-bytes", "1MiB", "--context-length", "256"], {})
+    engine = open_engine(config, lambda _: None)
     assert engine.cache.shape.num_blocks == (1 << 20) // engine.layout.block_bytes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_missing_cuda_is_named():
     with pytest.raises(CannotStart, match="CUDA"):
-        Engine.open(Checkpoint.open("bundled"), device="cuda")
+        Engine.open(Checkpoint.open("bundled"), device="cuda", num_blocks=1)

@@ -105,6 +105,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.max_tokens_sent: int | None = None  # then it falls silent
         self.token_interval_s = 0.0
         self.answers_reserve = True
+        self.is_leaving = False  # says so before it answers a reservation
         self.answer_delays_s: Iterator[float] = iter(())  # of reservations, one after the other
         self.tokens_per_step = 1
         self.total_blocks = 1000
@@ -173,6 +174,8 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         request_id = reserve.request.request_id
         if not self.answers_reserve:
             return
+        if self.is_leaving:
+            outgoing.put_nowait(decode_pb2.SessionResponse(leaving=decode_pb2.Leaving()))
         error = self.refuse(reserve)
         if error is not None:
             counter = reserve.attach.counter
@@ -244,7 +247,8 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             retention_s=30,
         )
         outgoing.put_nowait(decode_pb2.SessionResponse(attached=attached))
-        self._start(stream, attach.next_index)
+        if stream.task is not None:
+            self._start(stream, attach.next_index)
 
     def _move(self, move: decode_pb2.Move, outgoing: Any) -> None:
         """The target claims at once; nothing is left here."""

@@ -7,15 +7,16 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from isthmus.errors import AttachedElsewhere, IsthmusError, RequestKillsWorkers
+from isthmus.errors import AttachedElsewhere, Draining, IsthmusError, RequestKillsWorkers
 from isthmus.rpc_errors import error_from_rpc
-from isthmus.v1 import inference_pb2, types_pb2
+from isthmus.v1 import decode_pb2, inference_pb2, types_pb2
 from tests.router.fakes import (
     SCRIPT,
     Cluster,
     FakeDecode,
     RunningRouter,
     ask,
+    no_room,
     read_to_the_end,
     rest,
     running_router,
@@ -164,6 +165,54 @@ async def test_a_reservation_that_is_answered_too_late_is_not_taken_for_the_next
     assert [event.transfer_id for event in moved] == [first.moves[-1].target.transfer_id]
     assert first.moves[-1].target.counter == other.reserves[-1].attach.counter
     assert [reserve.attach.counter for reserve in other.reserves] == [2, 3], "the first one's end is not the second's"
+
+
+async def test_a_stream_does_not_leave_because_another_worker_does(router: RunningRouter) -> None:
+    def leaves(reserve: decode_pb2.Reserve) -> IsthmusError:
+        return Draining("leaving")
+
+    first = router.cluster.decode[0]
+    first.refuse, first.is_leaving = leaves, True
+    for fake in router.cluster.decode:
+        fake.token_interval_s = 0.02
+
+    results = await asyncio.gather(*(router.generate(ask(max_tokens=60)) for _ in range(4)))
+
+    assert [bytes(result.token_ids) for result in results] == [LONG] * 4
+    assert first.reserves, "it was asked first"
+    assert not any(event.event == "request.moved" for event in router.cluster.ledger.read())
+
+
+async def test_a_stream_resumed_at_a_worker_that_leaves_moves(router: RunningRouter) -> None:
+    for fake in router.cluster.decode:
+        fake.token_interval_s = 0.03
+    call = router.call(retained(max_tokens=60))
+    request_id, _ = await read_tokens(call, 3)
+    first = serving(router.cluster)
+    (other,) = (fake for fake in router.cluster.decode if fake is not first)
+    other.refuse = no_room
+    first.leave()
+    await until(lambda: any(reserve.moves for reserve in other.reserves), "asked, and refused")
+    other.refuse = lambda reserve: None
+
+    tokens, finished = await resumed(resume(router, request_id, 0))
+
+    assert tokens == LONG
+    assert finished.workers.decode == other.name
+
+
+async def test_a_stream_attached_before_it_was_filled_is_placed_anew(router: RunningRouter) -> None:
+    router.cluster.prefill[0].commits = False
+    call = router.call(retained(max_tokens=60))
+    request_id, _ = await read_tokens(call, 1)
+    router.cluster.prefill[0].commits = True
+
+    tokens, finished = await resumed(resume(router, request_id, 0))
+
+    assert tokens == LONG
+    assert finished.num_attempts == 2
+    with pytest.raises(AttachedElsewhere):
+        await read_to_the_end(call)
 
 
 async def test_nowhere_to_go_the_stream_stays(router: RunningRouter) -> None:
