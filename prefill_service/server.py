@@ -8,14 +8,7 @@ import grpc.aio
 from isthmus.clock import Clock
 from isthmus.convert import request_from_proto, target_from_proto
 from isthmus.engine.engine import Engine
-from isthmus.errors import (
-    Draining,
-    InvalidRequest,
-    IsthmusError,
-    LayoutMismatch,
-    StaleOwner,
-    WorkersUnavailable,
-)
+from isthmus.errors import Draining, InvalidRequest, IsthmusError, LayoutMismatch, StaleOwner, WorkersUnavailable
 from isthmus.serving import until_none_left
 from isthmus.types import Request, TransferTarget
 from isthmus.v1 import prefill_pb2, prefill_pb2_grpc
@@ -48,10 +41,11 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
         # Bounded by the events of one prompt: one per chunk and four more.
         events: asyncio.Queue[Event] = asyncio.Queue()
         sequence = self._sequence(engine_request, target, events)
-        num_ahead = prefill_loop.submit(sequence)
         self.num_calls += 1
         try:
-            yield prefill_pb2.PrefillResponse(queued=prefill_pb2.Queued(num_ahead=num_ahead))
+            queued = prefill_pb2.Queued(num_ahead=prefill_loop.num_queued)
+            yield prefill_pb2.PrefillResponse(queued=queued)  # first: the router knows who had it if this process dies
+            prefill_loop.submit(sequence)
             while True:
                 event = await events.get()
                 if isinstance(event, IsthmusError):

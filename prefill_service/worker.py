@@ -8,7 +8,6 @@ from functools import partial
 from torch import Tensor
 
 from isthmus.convert import finish_reason_to_proto, token_to_proto
-from isthmus.engine.block_pool import prefix_hashes
 from isthmus.engine.engine import Engine
 from isthmus.engine.runner import TILE, PrefillChunk
 from isthmus.engine.sampler import SamplingInput, sample
@@ -53,13 +52,11 @@ class PrefillLoop:
         self._inbox.put(None, timeout=timeout_s)
         self._thread.join(timeout_s)
 
-    def submit(self, sequence: Sequence) -> int:
-        """Returns how many sequences are ahead. Raises Overloaded at the bound."""
-        num_ahead = self.num_queued
-        if num_ahead >= MAX_SEQUENCES:
+    def submit(self, sequence: Sequence) -> None:
+        """Raises Overloaded at the bound."""
+        if self.num_queued >= MAX_SEQUENCES:
             raise Overloaded("this prefill worker has all the prompts it takes", retry_after_s=0.1)
         self._inbox.put_nowait(sequence)
-        return num_ahead
 
     @property
     def num_queued(self) -> int:
@@ -118,7 +115,7 @@ class PrefillLoop:
     def _take_blocks(self, sequence: Sequence) -> None:
         """At least the last prompt token is computed: its logits give token 0."""
         pool, prompt = self._engine.pool, sequence.request.prompt_token_ids
-        cached = pool.match(prefix_hashes(prompt[:-1], pool.block_size, self._engine.layout.fingerprint))
+        cached = self._engine.match_prompt(prompt[:-1])
         try:
             fresh = pool.allocate(self._engine.layout.num_blocks(len(prompt)) - len(cached))
         except NoFreeBlocks:
@@ -224,10 +221,8 @@ class PrefillLoop:
 
     def _publish_prompt_blocks(self, sequence: Sequence) -> None:
         """What is computed is kept, by content, for as long as nothing newer needs the room."""
-        prompt, pool = sequence.request.prompt_token_ids[: sequence.num_computed_tokens], self._engine.pool
-        hashes = prefix_hashes(prompt, pool.block_size, self._engine.layout.fingerprint)
-        for block_id, block_hash in zip(sequence.block_table, hashes, strict=False):
-            pool.publish(block_id, block_hash)
+        computed = sequence.request.prompt_token_ids[: sequence.num_computed_tokens]
+        self._engine.publish_prompt(computed, sequence.block_table)
 
     def _end(self, sequence: Sequence, error: IsthmusError) -> None:
         """The error is what the caller sees; the transfer's Done, if one follows, comes too late to matter."""

@@ -18,8 +18,9 @@ MOVE_RETRY_S = 0.25
 class AttemptFailed(Exception):
     """One of the attempt's workers can do no more for it."""
 
-    def __init__(self, role: Role, error: IsthmusError, *, was_computing: bool):
+    def __init__(self, role: Role, error: IsthmusError, *, was_computing: bool, in_company: bool = False):
         super().__init__(error.detail)
+        self.in_company = in_company  # and that of others
         self.role: Role = role
         self.error = error
         self.was_computing = was_computing  # the request's own computation ran there
@@ -93,6 +94,8 @@ class Attempt:
     def _take(self, arrival: Arrival) -> None:
         at, source, event = arrival
         match event:
+            case prefill_pb2.Queued():
+                self._is_prefill_computing = event.num_ahead == 0
             case prefill_pb2.Progress():
                 self._is_prefill_computing = True
             case prefill_pb2.FirstToken():
@@ -133,7 +136,8 @@ class Attempt:
                 if self._delivery.finish_reason is None:
                     self._take_early_end(event)
             case Failed():
-                raise AttemptFailed("decode", event.error, was_computing=self.has_claim and not self.is_leaving)
+                was_computing = self.has_claim and not self.is_leaving
+                raise AttemptFailed("decode", event.error, was_computing=was_computing, in_company=event.in_company)
             case _:
                 raise AssertionError(f"{type(event).__name__} is not decode's to send")
 
@@ -161,4 +165,5 @@ class Attempt:
             return
         else:
             error = event.error
-        raise AttemptFailed("prefill", error, was_computing=self._is_prefill_computing)
+        in_company = isinstance(event, Failed) and event.in_company
+        raise AttemptFailed("prefill", error, was_computing=self._is_prefill_computing, in_company=in_company)

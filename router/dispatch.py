@@ -22,8 +22,6 @@ from router.losses import Losses
 from router.placement import Ask, DecodePlace, Job, Placement
 from router.policy import NumericsClass
 
-RECOVERY_WAIT_S = 30.0  # for a worker to be there again: longer than one takes to start
-
 
 @dataclass(frozen=True, slots=True)
 class DispatchSettings:
@@ -128,11 +126,8 @@ class Dispatch:
             else:
                 return
             attached = None
-            job = replace(
-                job,
-                request=replace(call.remaining_request, numerics_digest=job.numerics.numerics_digest),
-                queue_deadline=min(call.deadline, self._clock.now() + RECOVERY_WAIT_S),
-            )
+            request = replace(call.remaining_request, numerics_digest=job.numerics.numerics_digest)
+            job = replace(job, request=request).with_patience(self._clock.now())
 
     def _drive(self, call: Call, job: Job, losses: Losses, avoid: set[str], attached: DecodePlace | None) -> Drive:
         source = attached.stream.source if attached else self.source(call.life)

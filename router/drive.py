@@ -56,6 +56,8 @@ class Drive:
     avoid: set[str]
     decode: DecodePlace = field(init=False)  # who has the stream
     _target: DecodePlace | None = field(default=None, init=False)  # who is to have it
+    _alone: AsyncExitStack = field(default_factory=AsyncExitStack, init=False)
+    _is_alone: bool = field(default=False, init=False)
     _held: AsyncExitStack = field(default_factory=AsyncExitStack, init=False)
     _target_held: AsyncExitStack = field(default_factory=AsyncExitStack, init=False)
     _move_at: float = field(default=0.0, init=False)
@@ -63,7 +65,9 @@ class Drive:
     async def begin(self) -> None:
         """From the prompt, tokens that were emitted already included."""
         try:
-            await self._begin()
+            async with self._alone:
+                await self._isolate()
+                await self._begin()
         except StaleOwner as refused:  # an earlier reservation is still held there: the next counter is higher
             raise AttemptFailed("decode", refused, was_computing=False) from refused
 
@@ -94,6 +98,7 @@ class Drive:
         except TimeoutError as waited:
             unfilled = TransferIncomplete("the stream was attached before its blocks had come")
             raise AttemptFailed("decode", unfilled, was_computing=False) from waited
+        await self._pass_on()
 
     async def _fill(self, prefill: PrefillPlace, missing: Iterable[types_pb2.Extent]) -> None:
         """One prefill worker after the other brings what is missing, until decode needs it no more."""
@@ -109,16 +114,26 @@ class Drive:
                 raise
             self._suspect(prefill)
             await self.judge(failed)
+            await self._isolate()
         finally:
             prefill.give_back()
         rearmed = await self._rearm()
         if rearmed is None:
             await self._follow()
             return
-        ask = replace(self.ask, avoid=frozenset(self.avoid), is_patient=True, holds_blocks=True)
+        job = self.ask.job.with_patience(self.shared.clock.now())
+        ask = replace(self.ask, job=job, avoid=frozenset(self.avoid), is_patient=True, holds_blocks=True)
         async with self.shared.placement.prefill_place(ask) as other:
             self._note_placed(other)
             await self._fill(other, rearmed.missing)
+
+    async def _isolate(self) -> None:
+        """A suspect gets its next token while no other suspect is computed."""
+        if self.losses.is_suspect and not self._is_alone:
+            timeout_s = self.ask.job.queue_deadline - self.shared.clock.now()
+            turn = self.shared.placement.quarantine.turn(self.ask.job.order, timeout_s)
+            await self._alone.enter_async_context(turn)
+            self._is_alone = True
 
     async def _rearm(self) -> decode_pb2.Rearmed | None:
         """Fences the lost prefill worker. None when decode has everything and has spoken."""
@@ -138,17 +153,25 @@ class Drive:
 
     async def _follow(self) -> None:
         """Passes tokens on as they come, several in one message when the client is slower than they are."""
-        delivery = self.call.delivery
-        while delivery.finish_reason is None:
+        num_tokens = self.call.delivery.num_tokens
+        while self.call.delivery.finish_reason is None:
             await self._advance()
-            self.call.num_cached_tokens = max(self.call.num_cached_tokens, self.attempt.num_cached_tokens)
-            if delivery.finish_reason is not None:
-                self._end_stream(delivery.finish_reason)
-            if self.call.lost_at is not None and self.attempt.has_claim:
-                self._record("request.recovered", ms=round(1000 * (self.shared.clock.now() - self.call.lost_at), 1))
-                self.call.lost_at = None
-            self.shared.failpoints.hit("router.before_token")
-            await self.call.flush(self.shared.clock.now)
+            if self._is_alone and self.call.delivery.num_tokens > num_tokens:
+                self._is_alone = False
+                await self._alone.aclose()
+            await self._pass_on()
+
+    async def _pass_on(self) -> None:
+        """To the client, what has come; and to decode, that it was the end."""
+        call, now = self.call, self.shared.clock.now
+        call.num_cached_tokens = max(call.num_cached_tokens, self.attempt.num_cached_tokens)
+        if call.delivery.finish_reason is not None:
+            self._end_stream(call.delivery.finish_reason)
+        if call.lost_at is not None and self.attempt.has_claim:
+            self._record("request.recovered", ms=round(1000 * (now() - call.lost_at), 1))
+            call.lost_at = None
+        self.shared.failpoints.hit("router.before_token")
+        await call.flush(now)
 
     async def _advance(self) -> None:
         if not self.attempt.is_leaving:
@@ -223,7 +246,7 @@ class Drive:
         if not isinstance(error, WorkerLost):
             self.losses.note_failure(error, num_tokens)
         elif failed.was_computing:
-            self.losses.note_worker_lost(failed.role, num_tokens)
+            self.losses.note_worker_lost(failed.role, num_tokens, in_company=failed.in_company)
 
     def _suspect(self, prefill: PrefillPlace) -> None:
         """The next attempt, and for a moment other requests, go elsewhere if there is an elsewhere."""

@@ -16,11 +16,13 @@ class Failed:
     """The source can do no more for this attempt."""
 
     error: IsthmusError
+    in_company: bool = False  # a worker was lost, and other requests with it
 
 
 # The workers' own messages, passed on as they came.
 Event = (
-    prefill_pb2.Progress
+    prefill_pb2.Queued
+    | prefill_pb2.Progress
     | prefill_pb2.FirstToken
     | prefill_pb2.Done
     | decode_pb2.StreamTokens

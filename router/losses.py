@@ -26,15 +26,22 @@ class Losses:
         if self._num_fruitless >= MAX_FRUITLESS:
             raise error
 
-    def note_worker_lost(self, role: Role, num_tokens: int) -> None:
-        """A worker died or hung while it computed this request. Raises RequestKillsWorkers the second time."""
+    def note_worker_lost(self, role: Role, num_tokens: int, *, in_company: bool) -> None:
+        """A worker died or hung while it computed this request. Raises RequestKillsWorkers the second time.
+
+        Where others were computed too, any of them may be the cause: then a third worker tells, with one at a time.
+        """
         self._advance(num_tokens)
-        self._lost[role] = self._lost.get(role, 0) + 1
-        if self._lost[role] >= MAX_LOSSES:
+        lost = self._lost[role] = self._lost.get(role, 0) + 1
+        if lost > MAX_LOSSES or (lost == MAX_LOSSES and not in_company):
             raise RequestKillsWorkers(
-                f"{MAX_LOSSES} {role} workers were lost while they computed token {num_tokens} of this request; "
+                f"{lost} {role} workers were lost while they computed token {num_tokens} of this request; "
                 "it is not given to another"
             )
+
+    @property
+    def is_suspect(self) -> bool:
+        return any(lost >= MAX_LOSSES for lost in self._lost.values())
 
     def _advance(self, num_tokens: int) -> None:
         if num_tokens > self._num_tokens:

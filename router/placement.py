@@ -11,7 +11,7 @@ from isthmus.errors import InvalidRequest, IsthmusError, NumericsMismatch, Overl
 from isthmus.types import FinishReason, Request
 from isthmus.v1 import decode_pb2, types_pb2
 from router import policy
-from router.admission import Admission, Order
+from router.admission import Admission, Line, Order
 from router.affinity import PrefixAffinity
 from router.decode_stream import DecodeStream
 from router.inbox import Source
@@ -22,6 +22,7 @@ from router.workers import DecodeWorker, PrefillWorker
 
 RETRY_INTERVAL_S = 0.25  # asks full workers again, also when this router saw no room come
 GONE_WAIT_S = 2.0  # for a worker to come back
+RECOVERY_WAIT_S = 30.0  # the same for a request that had its place: longer than a worker takes to start
 MOVE_ANSWER_S = 0.3  # to the reservation of a running stream
 RETRY_AFTER_S = 1.0
 
@@ -37,6 +38,10 @@ class Job:
     queue_deadline: float
     deadline: float
     retention_s: int = 0  # 0: the request ends with its client
+
+    def with_patience(self, now: float) -> "Job":
+        """For another try, when a worker was lost."""
+        return replace(self, queue_deadline=min(self.deadline, now + RECOVERY_WAIT_S))
 
     @property
     def num_positions(self) -> int:
@@ -96,6 +101,7 @@ class Placement:
         self._admission = admission
         self._clock = clock
         self._affinity = PrefixAffinity()
+        self.quarantine = Line(1)  # for requests that two workers were lost with
 
     async def numerics_class(self, queue_deadline: float) -> NumericsClass:
         """The class a new request will belong to. Raises WorkersUnavailable when there is none for a while."""

@@ -53,12 +53,14 @@ async def _read(place: PrefillPlace, request: prefill_pb2.PrefillRequest, source
     except Exception as unexpected:  # noqa: BLE001 - the task's root
         _log.exception("prefill.failed", unexpected, request_id=request.request.request_id)
         error = WorkerLost("the prefill worker's answer could not be read")
-    source.put(Failed(error))
+    source.put(Failed(error, in_company=len(place.worker.calls) > 1))
 
 
 def _pass_on(response: prefill_pb2.PrefillResponse, place: PrefillPlace, source: Source) -> None:
-    """What a request wants to hear; not `queued`, nor news of a later version."""
+    """What a request wants to hear; not news of a later version."""
     match response.WhichOneof("event"):
+        case "queued":
+            source.put(response.queued)
         case "progress":
             place.computed_up_to(response.progress.num_computed_tokens)
             source.put(response.progress)

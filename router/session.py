@@ -165,8 +165,9 @@ class Session:
         if not self._given_up.done():
             self._given_up.set_result(None)
         was_alive, self.hello = self.is_alive, None
-        for stream in [stream for stream in self._streams.values() if not stream.ended.is_set()]:
-            stream.finish(Failed(WorkerLost(why)))
+        lost = [stream for stream in self._streams.values() if not stream.ended.is_set()]
+        for stream in lost:
+            stream.finish(Failed(WorkerLost(why), in_company=len(lost) > 1))
         if was_alive:
             _log.info("session.given_up", worker=self.peer.decode_name, why=why)
             self.on_change()

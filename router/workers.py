@@ -102,8 +102,9 @@ class PrefillWorker:
         await self.channel.close(CHANNEL_CLOSE_S)
 
     def lose(self, why: str) -> None:
-        for source in list(self.calls):
-            source.put(Failed(WorkerLost(why)))
+        lost = list(self.calls)
+        for source in lost:
+            source.put(Failed(WorkerLost(why), in_company=len(lost) > 1))
 
 
 def numerics_class(record: WorkerRecord) -> NumericsClass:

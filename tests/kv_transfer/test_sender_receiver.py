@@ -94,7 +94,7 @@ def test_an_abort_by_the_sender_leaves_the_rows_to_the_next_attempt(prefill: Pre
     first = prefill.send(target, ours)
     first.transfer.rows_ready(0, 0, 0, NUM_TOKENS)
     state = first.transfer.state
-    wait_until(lambda: state._acked_frames and not state.pieces and not state.num_in_flight)
+    wait_until(lambda: state.outcome.frames and not state.pieces and not state.num_in_flight)
     first.transfer.abort("cancelled")
     failed = decode.next()
     assert isinstance(failed, FailedTransfer)
