@@ -40,9 +40,8 @@ def test_losses_of_different_roles_are_different_points() -> None:
 
 def test_attempts_without_a_token_are_bounded() -> None:
     losses, error = Losses(), TransferIncomplete("no")
-    for _ in range(MAX_FRUITLESS - 1):
-        losses.note_failure(error, 3)
-    losses.note_failure(error, 4)
+    for num_tokens in (3, 4):
+        for _ in range(MAX_FRUITLESS - 1):
+            losses.note_failure(error, num_tokens)
     with pytest.raises(TransferIncomplete):
-        for _ in range(MAX_FRUITLESS):
-            losses.note_failure(error, 4)
+        losses.note_failure(error, 4)
