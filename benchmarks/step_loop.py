@@ -112,7 +112,9 @@ def send() -> None:
     """The other process: sends every transfer it is told of, whole."""
     engine = open_engine()
     table = engine.pool.allocate(NUM_TOKENS // engine.layout.block_size)
-    with Sender(new_incarnation(), PoolMemory(engine.layout, transfer_memory(engine)), Ledger()) as sender:
+    with contextlib.closing(
+        Sender(new_incarnation(), PoolMemory(engine.layout, transfer_memory(engine)), Ledger())
+    ) as sender:
         for line in sys.stdin:
             order = json.loads(line)
             target = TransferTarget(

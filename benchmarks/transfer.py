@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,7 @@ def receive(load: Load) -> None:
     raw = context.socket(zmq.ROUTER)
     raw.bind("tcp://127.0.0.1:*")
     threading.Thread(target=receive_raw, args=(raw, load, load.pool(0)), daemon=True).start()
-    with Receiver(incarnation, memory_of(load, pool), Ledger(), events) as receiver:
+    with closing(Receiver(incarnation, memory_of(load, pool), Ledger(), events)) as receiver:
         tell(endpoint=receiver.endpoint, incarnation=incarnation, raw=raw.getsockopt_string(zmq.LAST_ENDPOINT))
         for line in sys.stdin:
             transfer_id = json.loads(line)["transfer_id"]
@@ -123,7 +124,7 @@ def send(load: Load, places: dict[str, str]) -> None:
     raw.connect(places["raw"])
     source = [np.random.default_rng(layer).bytes(load.frame_bytes) for layer in range(load.num_layers)]
     pool = [np.frombuffer(rows, dtype=np.uint8) for rows in source]
-    with Sender(new_incarnation(), memory_of(load, pool), Ledger()) as sender:
+    with closing(Sender(new_incarnation(), memory_of(load, pool), Ledger())) as sender:
         for line in sys.stdin:
             command = json.loads(line)
             begin = time.perf_counter()

@@ -45,12 +45,11 @@ class DecodeWorker:
         self._server = DecodeServer(self._identity)
         self._engine: Engine | None = None
         self._streams: Streams | None = None
-        self._attachments: Attachments | None = None
         self._counters: list[Counters] = []
 
     async def run(self) -> None:
         """Returns after a drain; raises CannotStart when a setting is in the way."""
-        hooks = ServiceHooks(self._status, self._drain, self._context.ledger, self._context.metrics)
+        hooks = ServiceHooks(self._status, self._server.drain, self._context.ledger, self._context.metrics)
         register = partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, self._server)
         face = Face(self._config, self._identity, self._context.health, hooks, SERVICE, register)
         await serve_until_signal(face, self._work)
@@ -72,7 +71,7 @@ class DecodeWorker:
             self._counters = [receiver.counters, mirror.counters, streams.counters]
             mover = Mover(streams, partial(self._open_sender, memory), post)
             stack.callback(mover.close)
-            attachments = self._attachments = Attachments(streams)
+            attachments = Attachments(streams)
             stack.callback(attachments.abandon_all)
             await asyncio.to_thread(round_trip, engine.layout)
             self._server.open(attachments, mover)
@@ -119,10 +118,6 @@ class DecodeWorker:
         for counters in self._counters:
             status.counters.update(counters.read())
         return status
-
-    async def _drain(self, timeout_s: float) -> int:
-        """Refuses new streams and waits until the others are moved or have ended; how many are left."""
-        return 0 if self._attachments is None else await self._attachments.drain(timeout_s)
 
 
 class _Post:

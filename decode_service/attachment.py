@@ -36,7 +36,7 @@ class Attachments:
             before.close()
         self._sessions[router] = session
         hello.unknown_streams.extend(name for name in next_index if self.streams.get(name) is None)
-        session.send(decode_pb2.SessionResponse(hello=hello))
+        session.send(hello)
         for stream in self.streams:
             if stream.attach.router_incarnation == router and stream.request_id not in next_index:
                 self.streams.end(stream, Ended(FinishReason.CANCELLED, detail="its router does not know it"))
@@ -47,7 +47,7 @@ class Attachments:
             elif stream is not None:
                 session.send(messages.detached(stream, stream.attach))
         if self.streams.is_draining:
-            session.send(messages.leaving())
+            session.send(decode_pb2.Leaving())
 
     def lost(self, session: RouterSession) -> None:
         """The connection ended: its streams wait for another one."""
@@ -109,7 +109,7 @@ class Attachments:
         """Refuses new streams and asks the routers to move theirs; how many are left when the time is over."""
         self.streams.is_draining = True
         for session in self._sessions.values():
-            session.send(messages.leaving())
+            session.send(decode_pb2.Leaving())
         return await until_none_left(self.streams.__len__, timeout_s)
 
     def abandon_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Session messages from the decode worker's records; pure."""
+"""Session messages from the decode worker's records, as RouterSession.send takes them; pure."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,101 +11,84 @@ from isthmus.v1 import decode_pb2, types_pb2
 from kv_transfer.coverage import clipped
 from kv_transfer.events import FailedTransfer
 
-Response = decode_pb2.SessionResponse
 
-
-def step_tokens(step: int, group: Sequence[tuple[Stream, Sequence[Token]]]) -> Response:
+def step_tokens(step: int, group: Sequence[tuple[Stream, Sequence[Token]]]) -> decode_pb2.StepTokens:
     """One message for all of a router's streams: of each, tokens from `num_sent` on."""
     streams = [
         decode_pb2.StreamTokens(
             request_id=stream.request_id,
             counter=stream.attach.counter,
             index=stream.num_sent,
-            tokens=[token_to_proto(token) for token in tokens],
+            tokens=map(token_to_proto, tokens),
         )
         for stream, tokens in group
     ]
-    return Response(step=decode_pb2.StepTokens(step=step, streams=streams))
+    return decode_pb2.StepTokens(step=step, streams=streams)
 
 
-def stream_ended(stream: Stream, ended: Ended) -> Response:
-    return Response(
-        ended=decode_pb2.StreamEnded(
-            request_id=stream.request_id,
-            counter=stream.attach.counter,
-            finish_reason=finish_reason_to_proto(ended.finish_reason),
-            num_tokens=len(stream.token_ids),
-            reason=ended.reason,
-            detail=ended.detail,
-        )
+def stream_ended(stream: Stream, ended: Ended) -> decode_pb2.StreamEnded:
+    return decode_pb2.StreamEnded(
+        request_id=stream.request_id,
+        counter=stream.attach.counter,
+        finish_reason=finish_reason_to_proto(ended.finish_reason),
+        num_tokens=len(stream.token_ids),
+        reason=ended.reason,
+        detail=ended.detail,
     )
 
 
-def refused(request_id: str, counter: int, error: IsthmusError) -> Response:
-    return Response(
-        refused=decode_pb2.Refused(
-            request_id=request_id,
-            counter=counter,
-            reason=error.reason,
-            detail=error.detail,
-            retry_after_ms=int((error.retry_after_s or 0) * 1000),
-        )
+def refused(request_id: str, counter: int, error: IsthmusError) -> decode_pb2.Refused:
+    return decode_pb2.Refused(
+        request_id=request_id,
+        counter=counter,
+        reason=error.reason,
+        detail=error.detail,
+        retry_after_ms=int((error.retry_after_s or 0) * 1000),
     )
 
 
-def transfer_failed(stream: Stream, failure: FailedTransfer) -> Response:
-    return Response(
-        transfer_failed=decode_pb2.TransferFailed(
-            request_id=stream.request_id,
-            transfer_id=stream.transfer_id,
-            attempt=failure.attempt,
-            counter=stream.attach.counter,
-            missing=map(extent_to_proto, clipped(failure.missing, stream.num_prompt_tokens)),
-            reason=failure.reason,
-        )
+def transfer_failed(stream: Stream, failure: FailedTransfer) -> decode_pb2.TransferFailed:
+    return decode_pb2.TransferFailed(
+        request_id=stream.request_id,
+        transfer_id=stream.transfer_id,
+        attempt=failure.attempt,
+        counter=stream.attach.counter,
+        missing=map(extent_to_proto, clipped(failure.missing, stream.num_prompt_tokens)),
+        reason=failure.reason,
     )
 
 
-def rearmed(stream: Stream) -> Response:
-    return Response(
-        rearmed=decode_pb2.Rearmed(
-            request_id=stream.request_id,
-            transfer_id=stream.transfer_id,
-            attempt=stream.attempt,
-            missing=map(extent_to_proto, stream.missing),
-        )
+def rearmed(stream: Stream) -> decode_pb2.Rearmed:
+    return decode_pb2.Rearmed(
+        request_id=stream.request_id,
+        transfer_id=stream.transfer_id,
+        attempt=stream.attempt,
+        missing=map(extent_to_proto, stream.missing),
     )
 
 
-def attached(stream: Stream, next_index: int) -> Response:
+def attached(stream: Stream, next_index: int) -> decode_pb2.Attached:
     """The stream's whole record: what its router needs to go on without this worker."""
     ids = [token.id for token in stream.tokens]
     emitted = (*ids, *stream.request.emitted_token_ids[len(ids) :])
     aborts = stream.retention_s is None
-    return Response(
-        attached=decode_pb2.Attached(
-            request=request_to_proto(replace(stream.request, emitted_token_ids=emitted)),
-            attach=_attach_id(stream.attach),
-            next_index=next_index,
-            on_disconnect=types_pb2.ON_DISCONNECT_ABORT if aborts else types_pb2.ON_DISCONNECT_RETAIN,
-            retention_s=int(stream.retention_s or 0),
-        )
+    return decode_pb2.Attached(
+        request=request_to_proto(replace(stream.request, emitted_token_ids=emitted)),
+        attach=_attach_id(stream.attach),
+        next_index=next_index,
+        on_disconnect=types_pb2.ON_DISCONNECT_ABORT if aborts else types_pb2.ON_DISCONNECT_RETAIN,
+        retention_s=int(stream.retention_s or 0),
     )
 
 
-def detached(stream: Stream, attach: AttachKey) -> Response:
+def detached(stream: Stream, attach: AttachKey) -> decode_pb2.Detached:
     """`attach`: who has it now."""
-    return Response(detached=decode_pb2.Detached(request_id=stream.request_id, attach=_attach_id(attach)))
+    return decode_pb2.Detached(request_id=stream.request_id, attach=_attach_id(attach))
 
 
-def moved(request_id: str, transfer_id: str, failure: str) -> Response:
+def moved(request_id: str, transfer_id: str, failure: str) -> decode_pb2.Moved:
     """`failure` is empty when the other worker has the stream."""
-    answer = decode_pb2.Moved(request_id=request_id, transfer_id=transfer_id, acked=not failure, failure=failure)
-    return Response(moved=answer)
-
-
-def leaving() -> Response:
-    return Response(leaving=decode_pb2.Leaving())
+    return decode_pb2.Moved(request_id=request_id, transfer_id=transfer_id, acked=not failure, failure=failure)
 
 
 def _attach_id(key: AttachKey) -> decode_pb2.AttachId:

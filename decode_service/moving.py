@@ -9,12 +9,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from decode_service import messages
-from decode_service.room import extents
 from decode_service.stream import AttachKey, Phase, Stream
 from decode_service.streams import Streams
 from isthmus.errors import IsthmusError
 from isthmus.types import TransferTarget
-from kv_transfer.coverage import clipped
+from kv_transfer.coverage import clipped, extents
 from kv_transfer.outgoing import TransferOutcome
 from kv_transfer.sender import Sender
 

@@ -28,9 +28,7 @@ class OwnershipReport:
             )
             self._mirror.report(lambda store: store.begin_handoff(record, TTL_S))
             return
-        transition = Transition(
-            transfer.transfer_id, change.previous, transfer.state, transfer.attempt, prefill=prefill
-        )
+        transition = Transition(transfer.transfer_id, change.previous, transfer.state, transfer.attempt, prefill)
         self._mirror.report(lambda store: store.advance_handoff(transition))
 
     def stream_began(self, request_id: str) -> None:

@@ -1,16 +1,16 @@
 """The room a request takes on a decode worker: blocks for its prompt, promises for the rest, and what is missing."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from isthmus.engine.block_pool import prefix_hashes
 from isthmus.engine.engine import Engine
 from isthmus.errors import InvalidRequest, NoFreeBlocks, StaleOwner
-from isthmus.kv_layout import KvLayout
 from isthmus.types import Extent, Request
+from kv_transfer.coverage import extents
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(NamedTuple):
+    """By the names of the fields of a Stream."""
+
     block_table: list[int]
     num_set_aside: int  # blocks promised beyond those in the table
     num_cached_tokens: int  # prompt prefix that was here already
@@ -37,7 +37,7 @@ def take_room(engine: Engine, request: Request, *, moves: bool) -> Room:
     num_positions = len(prompt) + request.sampling.max_tokens - 1  # the last token is not stored
     num_written = num_positions if moves else len(prompt)
     num_all_blocks, num_blocks = layout.num_blocks(num_positions), layout.num_blocks(num_written)
-    cached = pool.match(prefix_hashes(prompt, pool.block_size, layout.fingerprint))
+    cached = engine.match_prompt(prompt)
     try:
         pool.set_aside(num_all_blocks - len(cached))
     except NoFreeBlocks:
@@ -45,19 +45,5 @@ def take_room(engine: Engine, request: Request, *, moves: bool) -> Room:
         raise
     blocks = cached + pool.allocate(num_blocks - len(cached), from_set_aside=True)
     num_cached_tokens = len(cached) * pool.block_size
-    missing = tuple(extents(layout, num_cached_tokens, num_written))
+    missing = extents(layout, num_cached_tokens, num_written)
     return Room(blocks, num_all_blocks - num_blocks, num_cached_tokens, missing)
-
-
-def publish_prompt(engine: Engine, request: Request, block_table: list[int]) -> None:
-    """Full prompt blocks become reusable by content; blocks with generated tokens never do (other rounding)."""
-    pool = engine.pool
-    hashes = prefix_hashes(request.prompt_token_ids, pool.block_size, engine.layout.fingerprint)
-    for block_id, block_hash in zip(block_table, hashes, strict=False):
-        pool.publish(block_id, block_hash)
-
-
-def extents(layout: KvLayout, first: int, end: int) -> list[Extent]:
-    """Positions [first, end) of every plane and layer."""
-    places = ((plane, layer) for plane, kind in enumerate(layout.planes) for layer in range(kind.num_layers))
-    return [Extent(plane, layer, first, end - first) for plane, layer in places if end > first]

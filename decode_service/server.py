@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc.aio
 
@@ -11,14 +12,8 @@ from decode_service.moving import Mover
 from decode_service.session import RouterSession
 from decode_service.stream import AttachKey, Phase
 from decode_service.streams import Streams, Terms
+from isthmus import convert
 from isthmus.admin import Identity
-from isthmus.convert import (
-    extent_to_proto,
-    finish_reason_from_proto,
-    layout_to_proto,
-    request_from_proto,
-    target_from_proto,
-)
 from isthmus.errors import InvalidRequest, IsthmusError, RequestCancelled, StaleOwner, WorkersUnavailable
 from isthmus.log import get_logger
 from isthmus.types import FinishReason
@@ -27,6 +22,8 @@ from isthmus.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 HELLO_TIMEOUT_S = 5.0
 MAX_RETENTION_S = 120
 log = get_logger("decode.server")
+Context = grpc.aio.ServicerContext[Any, Any]
+SessionRequests = AsyncIterator[decode_pb2.SessionRequest]
 
 
 class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
@@ -40,6 +37,10 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
     def open(self, attachments: Attachments, mover: Mover) -> None:
         self._opened, self._mover = attachments, mover
 
+    async def drain(self, timeout_s: float) -> int:
+        """Refuses new streams and waits until the others are moved or have ended; how many are left."""
+        return 0 if self._opened is None else await self._opened.drain(timeout_s)
+
     @property
     def _attachments(self) -> Attachments:
         if self._opened is None:
@@ -51,9 +52,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         return self._attachments.streams
 
     async def Session(  # noqa: N802 - the proto's name
-        self,
-        request_iterator: AsyncIterator[decode_pb2.SessionRequest],
-        context: grpc.aio.ServicerContext[decode_pb2.SessionRequest, decode_pb2.SessionResponse],
+        self, request_iterator: SessionRequests, context: Context
     ) -> AsyncIterator[decode_pb2.SessionResponse]:
         """Yields what the worker has to say; when it ends the router's streams wait for another session."""
         attachments = self._attachments
@@ -71,14 +70,12 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             log.info("session_ended", router=session.router_incarnation)
 
     async def Find(  # noqa: N802
-        self,
-        request: decode_pb2.FindRequest,
-        context: grpc.aio.ServicerContext[decode_pb2.FindRequest, decode_pb2.FindResponse],
+        self, request: decode_pb2.FindRequest, context: Context
     ) -> decode_pb2.FindResponse:
         stream = self._streams.get(request.request_id)
         return decode_pb2.FindResponse(found=stream is not None, next_index=stream.num_known if stream else 0)
 
-    async def _greet(self, messages_in: AsyncIterator[decode_pb2.SessionRequest]) -> RouterSession:
+    async def _greet(self, messages_in: SessionRequests) -> RouterSession:
         first = await asyncio.wait_for(anext(messages_in, None), HELLO_TIMEOUT_S)
         if first is None:
             raise RequestCancelled("the session was closed before its hello")
@@ -87,7 +84,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         session = RouterSession(first.hello.router_incarnation)
         hello = decode_pb2.DecodeHello(
             incarnation=self._identity.incarnation,
-            layout=layout_to_proto(self._streams.engine.layout),
+            layout=convert.layout_to_proto(self._streams.engine.layout),
             numerics_digest=self._streams.engine.numerics.digest,
         )
         next_index = {cursor.request_id: cursor.next_index for cursor in first.hello.streams}
@@ -95,7 +92,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         log.info("session_opened", router=session.router_incarnation)
         return session
 
-    async def _read(self, session: RouterSession, messages_in: AsyncIterator[decode_pb2.SessionRequest]) -> None:
+    async def _read(self, session: RouterSession, messages_in: SessionRequests) -> None:
         try:
             async for message in messages_in:
                 self._follow(message, session)
@@ -118,7 +115,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
                     request_id = message.attach.request_id
                     self._attachments.attach(request_id, message.attach.next_index, session)
                 case "cancel":
-                    why = finish_reason_from_proto(message.cancel.finish_reason) or FinishReason.CANCELLED
+                    why = convert.finish_reason_from_proto(message.cancel.finish_reason) or FinishReason.CANCELLED
                     self._attachments.cancel(message.cancel.request_id, _key(message.cancel.attach), why)
                 case "release":
                     self._attachments.release(message.release.request_id, _key(message.release.attach))
@@ -136,7 +133,8 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             retention_s=min(reserve.retention_s, MAX_RETENTION_S) if is_retained else None,
             moves=reserve.moves,
         )
-        stream = self._streams.reserve(request_from_proto(reserve.request), _key(reserve.attach), session, terms)
+        request = convert.request_from_proto(reserve.request)
+        stream = self._streams.reserve(request, _key(reserve.attach), session, terms)
         reserved = decode_pb2.Reserved(
             request_id=stream.request_id,
             counter=stream.attach.counter,
@@ -146,9 +144,9 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             incarnation=self._identity.incarnation,
             layout_fingerprint=self._streams.engine.layout.fingerprint,
             num_cached_tokens=stream.num_cached_tokens,
-            missing=[extent_to_proto(extent) for extent in stream.missing],
+            missing=map(convert.extent_to_proto, stream.missing),
         )
-        session.send(decode_pb2.SessionResponse(reserved=reserved))
+        session.send(reserved)
 
     def _rearm(self, rearm: decode_pb2.Rearm, session: RouterSession) -> None:
         stream = self._streams.get(rearm.request_id)
@@ -162,7 +160,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         if self._streams.get(move.request_id) is None:
             session.send(messages.moved(move.request_id, move.target.transfer_id, "it is not here"))
         elif self._mover and (stream := self._attachments.held(move.request_id, _key(move.attach))):
-            self._mover.move(stream, target_from_proto(move.target))
+            self._mover.move(stream, convert.target_from_proto(move.target))
 
 
 def _key(message: decode_pb2.AttachId) -> AttachKey:

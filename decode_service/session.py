@@ -2,10 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf.message import Message
 
 from isthmus.v1 import decode_pb2
 
 MAX_QUEUED_MESSAGES = 4096  # a message a step: minutes of steps for a router that stopped reading
+_FIELDS = {f.message_type.name: f.name for f in decode_pb2.SessionResponse.DESCRIPTOR.fields if f.message_type}
 
 
 class RouterSession:
@@ -16,13 +20,15 @@ class RouterSession:
         self._queue: asyncio.Queue[decode_pb2.SessionResponse | None] = asyncio.Queue(MAX_QUEUED_MESSAGES + 1)
         self._is_open = True
 
-    def send(self, message: decode_pb2.SessionResponse) -> None:
+    def send(self, message: Message) -> None:
+        """`message` is one of those that a SessionResponse carries."""
         if not self._is_open:
             return
         if self._queue.qsize() >= MAX_QUEUED_MESSAGES:
             self.close()
             return
-        self._queue.put_nowait(message)
+        content: dict[str, Any] = {_FIELDS[message.DESCRIPTOR.name]: message}
+        self._queue.put_nowait(decode_pb2.SessionResponse(**content))
 
     def close(self) -> None:
         """Ends `outgoing` after what is queued."""

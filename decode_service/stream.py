@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from google.protobuf.message import Message
+
 from isthmus.engine.block_pool import BlockPool
 from isthmus.errors import DataLoss
 from isthmus.ledger import Ledger
 from isthmus.stopping import finish_reason
 from isthmus.types import Extent, FinishReason, Request, Token
-from isthmus.v1 import decode_pb2
 from kv_transfer.outgoing import OutgoingTransfer
 
 
@@ -45,7 +46,7 @@ class AttachKey:
 class TokenSink(Protocol):
     """Where a stream's messages go: the session of the router it is attached to, alive or lost."""
 
-    def send(self, message: decode_pb2.SessionResponse) -> None: ...
+    def send(self, message: Message) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

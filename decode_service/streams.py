@@ -8,7 +8,7 @@ from functools import partial
 
 from decode_service import messages
 from decode_service.ownership_report import OwnershipReport
-from decode_service.room import check_request, publish_prompt, take_room
+from decode_service.room import check_request, take_room
 from decode_service.session import NOBODY, RouterSession
 from decode_service.stream import AttachKey, Emission, Ended, Phase, Stream
 from decode_service.tombstones import Tombstones
@@ -110,7 +110,7 @@ class Streams:
         stream = self._by_transfer.pop(claim.transfer_id, None)
         if stream is None or stream.phase is not Phase.FILLING:
             return
-        publish_prompt(self.engine, stream.request, stream.block_table)
+        self.engine.publish_prompt(stream.request.prompt_token_ids, stream.block_table)
         stream.phase = Phase.RUNNING
         ended = None
         for token in claim.tokens:
@@ -217,10 +217,7 @@ class Streams:
             retention_s=terms.retention_s,
             transfer_id=new_transfer_id(),
             attempt=1,
-            block_table=room.block_table,
-            num_set_aside=room.num_set_aside,
-            num_cached_tokens=room.num_cached_tokens,
-            missing=room.missing,
+            **room._asdict(),
             deadline=None if request.timeout_s is None else self.context.clock.now() + request.timeout_s,
         )
 

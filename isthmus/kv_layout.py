@@ -53,6 +53,11 @@ class KvLayout:
     def block_bytes(self) -> int:
         return self.block_size * self.bytes_per_token
 
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Every (plane, layer)."""
+        return [(number, layer) for number, plane in enumerate(self.planes) for layer in range(plane.num_layers)]
+
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 

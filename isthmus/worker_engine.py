@@ -48,5 +48,4 @@ def engine_status(model: str, engine: Engine | None) -> admin_pb2.GetStatusRespo
 
 def transfer_memory(engine: Engine) -> dict[tuple[int, int], memoryview]:
     """Writable bytes of the cache by (plane, layer), as the transfer path takes them."""
-    places = [(index, layer) for index, plane in enumerate(engine.layout.planes) for layer in range(plane.num_layers)]
-    return {place: engine.cache.memory(*place) for place in places}
+    return {place: engine.cache.memory(*place) for place in engine.layout.places}

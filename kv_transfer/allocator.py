@@ -10,12 +10,11 @@ _M_TRIM_THRESHOLD = -1  # <malloc.h>
 _M_MMAP_THRESHOLD = -3
 
 
-def keep_freed_memory(max_message_bytes: int, kept_bytes: int) -> bool:
+def keep_freed_memory(max_message_bytes: int, kept_bytes: int) -> None:
     """For the whole process: bodies up to `max_message_bytes` come from the heap, whose top keeps `kept_bytes`.
 
-    False where the C library has no mallopt; nothing depends on it but speed.
+    Does nothing where the C library has no mallopt: nothing depends on it but speed.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 2 * max_message_bytes)) and bool(mallopt(_M_TRIM_THRESHOLD, kept_bytes))
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, 2 * max_message_bytes)
+        mallopt(_M_TRIM_THRESHOLD, kept_bytes)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import zmq
 
-from isthmus.clock import Clock
+from isthmus.clock import SystemClock
 from isthmus.failpoints import Failpoints
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token
@@ -36,11 +36,11 @@ class SenderOptions:
 class Courier:
     """Used by one thread, woken by any. Calls every transfer's on_done exactly once, at the latest in `close`."""
 
-    def __init__(self, incarnation: bytes, memory: PoolMemory, ledger: Ledger, clock: Clock, options: SenderOptions):
+    def __init__(self, incarnation: bytes, memory: PoolMemory, ledger: Ledger, options: SenderOptions):
         self._incarnation = incarnation
         self._memory = memory
         self._ledger = ledger
-        self._now = clock.now
+        self._now = SystemClock().now
         self._options = options
         self.counters = Counters()
         self.waker = Waker()  # ends `wait`
@@ -61,9 +61,9 @@ class Courier:
         return speaking
 
     def open(self, transfer: OutgoingTransfer) -> None:
-        target = transfer.order.target
+        target = transfer.target
         key = (target.receiver_incarnation, target.zmq_endpoint)
-        if key not in self._links:
+        if (link := self._links.get(key)) is None:
             try:
                 link = Link(self._context, self._incarnation, target, self._options.failpoints)
             except LinkLost as lost:
@@ -72,7 +72,6 @@ class Courier:
             self._links[key] = link
             self._poller.register(link.socket, zmq.POLLIN)
             self._poller.register(link.monitor, zmq.POLLIN)
-        link = self._links[key]
         link.transfers.add(transfer)
         self._link_of[transfer] = link
 
@@ -96,7 +95,7 @@ class Courier:
         link = self._link_of[transfer]
         self._finish(transfer, reason)
         body = Abort(reason, finished=finished).encode()
-        self._guard(link, lambda link: link.send_small(FrameKind.ABORT, body, transfer.order.target) or False)
+        self._guard(link, lambda link: link.send_small(FrameKind.ABORT, body, transfer.target) or False)
 
     def turn(self, speaking: set[object]) -> bool:
         """Takes answers from those that `wait` named, then sends a burst. True if there is more to send at once."""
@@ -171,7 +170,7 @@ class Courier:
             link.await_since(self._now())
             return False
         interval = (part.first_token, part.end)
-        place, table = (piece.plane, piece.layer), transfer.order.block_table
+        place, table = (piece.plane, piece.layer), transfer.block_table
         slot, body = None, self._memory.contiguous(place, table, interval)
         if body is None:
             if (slot := self._staging.acquire(num_bytes)) is None:
@@ -180,7 +179,7 @@ class Courier:
             self._memory.read_rows(place, table, interval, body)
         if state.note_sent():
             self._record("transfer.first_frame_sent", transfer)
-        name, tracker = link.send_fill(transfer.order.target, part, body)
+        name, tracker = link.send_fill(transfer.target, part, body)
         link.in_flight[name] = InFlight(transfer, num_bytes, slot, tracker)
         state.num_borrowed += slot is None
         link.await_since(self._now())
@@ -191,7 +190,7 @@ class Courier:
 
     def _send_commit(self, link: Link, transfer: OutgoingTransfer) -> bool:
         assert transfer.state.commit is not None, "has_work without pieces means a commit"
-        link.send_small(FrameKind.COMMIT, transfer.state.commit, transfer.order.target)
+        link.send_small(FrameKind.COMMIT, transfer.state.commit, transfer.target)
         transfer.state.commit_sent = True
         transfer.state.progress_at = self._now()
         return True
@@ -231,8 +230,8 @@ class Courier:
             self._finish(transfer, f"refused: {abort.cause}" if abort.refused else f"aborted: {abort.cause}")
 
     def _find(self, link: Link, name: FrameName) -> OutgoingTransfer | None:
-        place = (name.transfer_id, name.attempt)
-        matching = (t for t in link.transfers if (t.transfer_id, t.order.target.attempt) == place)
+        place = (name.transfer.hex(), name.attempt)
+        matching = (t for t in link.transfers if (t.target.transfer_id, t.target.attempt) == place)
         return next(matching, None)
 
     def _drop(self, link: Link, cause: str) -> None:
@@ -264,8 +263,7 @@ class Courier:
         state = transfer.state
         if state.has_ended:
             return
-        state.failure = failure
-        state.pieces.clear()
+        state.end(failure)
         if link := self._link_of.pop(transfer, None):
             link.transfers.discard(transfer)
             link.used_at = self._now()
@@ -279,12 +277,12 @@ class Courier:
             return
         state.closed = True
         try:
-            transfer.order.on_done(state.outcome())
+            transfer.on_done(state.outcome)
         except Exception as error:  # noqa: BLE001 - a handler's fault must not end the other transfers
             self._record("transfer.error", transfer, repr(error))
 
     def _record(self, event: str, transfer: OutgoingTransfer, cause: str = "") -> None:
-        target, request_id = transfer.order.target, transfer.order.request_id
+        target, request_id = transfer.target, transfer.request_id
         self._ledger.record(
             event, request_id=request_id, transfer_id=target.transfer_id, attempt=target.attempt, cause=cause
         )

@@ -4,8 +4,10 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import replace
 
+from isthmus.kv_layout import KvLayout
 from isthmus.types import Extent
 
+Place = tuple[int, int]  # (plane, layer)
 Interval = tuple[int, int]  # [first, end)
 
 
@@ -13,7 +15,7 @@ class Coverage:
     """Starts with everything in `extents` missing. One owner; not thread-safe."""
 
     def __init__(self, extents: Iterable[Extent]):
-        self._granted: dict[tuple[int, int], list[Interval]] = {}
+        self._granted: dict[Place, list[Interval]] = {}
         for extent in extents:
             _add(self._granted.setdefault((extent.plane, extent.layer), []), extent.first_token, extent.end)
         self._left = {place: list(intervals) for place, intervals in self._granted.items()}
@@ -57,6 +59,11 @@ class Coverage:
             for (plane, layer), intervals in sorted(self._left.items())
             for first, end in intervals
         )
+
+
+def extents(layout: KvLayout, first: int, end: int) -> tuple[Extent, ...]:
+    """Positions [first, end) of every plane and layer."""
+    return tuple(Extent(*place, first, end - first) for place in layout.places if end > first)
 
 
 def normalised(extents: Iterable[Extent]) -> tuple[Extent, ...]:

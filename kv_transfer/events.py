@@ -1,8 +1,9 @@
 """What a receiver tells the decode service, and how it is set up."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from isthmus.clock import Clock, SystemClock
 from isthmus.types import Extent, Token
 from kv_transfer.transfers import IncomingTransfer, StateChange
 
@@ -12,11 +13,6 @@ class ClaimedTransfer:
     transfer_id: str
     request_id: str
     tokens: tuple[Token, ...]  # from token 0 on; one unless the stream moved here
-
-    @classmethod
-    def of(cls, transfer: IncomingTransfer) -> "ClaimedTransfer":
-        assert transfer.commit is not None, "claimed by its commit"
-        return cls(transfer.transfer_id, transfer.request_id, transfer.commit.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +33,6 @@ class FailedTransfer:
         return cls(*ids, transfer.coverage.missing(), reason, transfer.state.is_final, finished)
 
 
-def _ignore(_: StateChange) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class TransferEvents:
     """Called from the receiver's thread outside its lock; must not block.
@@ -50,7 +43,7 @@ class TransferEvents:
 
     on_ready: Callable[[ClaimedTransfer], None]
     on_failed: Callable[[FailedTransfer], None]
-    on_state: Callable[[StateChange], None] = _ignore
+    on_state: Callable[[StateChange], object] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +53,7 @@ class ReceiverOptions:
     credit_bytes: int = 16 * 2**20  # per sender
     max_peers: int = 256
     max_transfers: int = 1024
+    clock: Clock = field(default_factory=SystemClock)
+
+
+DEFAULT_OPTIONS = ReceiverOptions()

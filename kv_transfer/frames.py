@@ -21,6 +21,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from typing import NamedTuple
 
 import xxhash
@@ -32,6 +33,8 @@ MAX_BODY_BYTES = 4 * 2**20
 NO_TRANSFER = bytes(16)
 
 _HEADER = struct.Struct("<4sHHHHIIII16s16s16s16s16s")
+_PLACE = ("plane", "layer", "attempt", "first_token", "num_tokens", "body_bytes")
+_AFTER_KIND = (*_PLACE, "fingerprint", "sender", "receiver", "transfer", "checksum")  # FrameHeader's, in wire order
 HEADER_BYTES = _HEADER.size
 _NO_CHECKSUM = bytes(16)
 _COVERED_BYTES = HEADER_BYTES - len(_NO_CHECKSUM)
@@ -45,6 +48,9 @@ class FrameKind(Enum):
     ABORT = 3  # either way: the transfer ends, or this frame was refused
     ACK = 4  # D to P: names the frames it accepts and grants credit
     CREDIT = 5  # P asks for credit; D grants the first
+
+
+KINDS = {kind.value: kind for kind in FrameKind}
 
 
 class Refusal(Enum):
@@ -89,10 +95,6 @@ class FrameName(NamedTuple):
     first_token: int = 0
     num_tokens: int = 0
 
-    @property
-    def transfer_id(self) -> str:
-        return self.transfer.hex()
-
 
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
@@ -124,43 +126,27 @@ class FrameHeader:
         return FrameName(self.kind.value, self.transfer, self.attempt, *place)
 
     def encode(self) -> bytes:
-        return _HEADER.pack(
-            MAGIC,
-            WIRE_VERSION,
-            self.kind.value,
-            self.plane,
-            self.layer,
-            self.attempt,
-            self.first_token,
-            self.num_tokens,
-            self.body_bytes,
-            self.fingerprint,
-            self.sender,
-            self.receiver,
-            self.transfer,
-            self.checksum,
-        )
+        return _HEADER.pack(MAGIC, WIRE_VERSION, self.kind.value, *_values_after_kind(self))
 
     @classmethod
     def decode(cls, raw: Buffer) -> "FrameHeader":
         """Raises BadFrame; checks only what the header alone can tell."""
         if len(raw) != HEADER_BYTES:
             raise BadFrame(Refusal.MALFORMED)
-        magic, version, kind, plane, layer, attempt, first, count, body_bytes, *ids = _HEADER.unpack(raw)
+        magic, version, kind, *values = _HEADER.unpack(raw)
         if magic != MAGIC:
             raise BadFrame(Refusal.BAD_MAGIC)
         if version != WIRE_VERSION:
             raise BadFrame(Refusal.BAD_VERSION)
-        if kind not in _KINDS:
+        if kind not in KINDS:
             raise BadFrame(Refusal.BAD_KIND)
-        if body_bytes > MAX_BODY_BYTES:
+        header = cls(KINDS[kind], **dict(zip(_AFTER_KIND, values, strict=True)))
+        if header.body_bytes > MAX_BODY_BYTES:
             raise BadFrame(Refusal.BAD_BODY)
-        fingerprint, sender, receiver, transfer, checksum = ids
-        place = (attempt, plane, layer, first, count, body_bytes)
-        return cls(_KINDS[kind], fingerprint, sender, receiver, transfer, *place, checksum)
+        return header
 
 
-_KINDS = {kind.value: kind for kind in FrameKind}
+_values_after_kind = attrgetter(*_AFTER_KIND)
 
 
 def seal(header: FrameHeader, body: Buffer) -> bytes:

@@ -10,7 +10,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from isthmus.failpoints import Failpoints
 from isthmus.types import Extent, TransferTarget
-from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, Buffer, FrameHeader, FrameKind, FrameName, is_intact, seal
+from kv_transfer.frames import MAX_BODY_BYTES, Buffer, FrameHeader, FrameKind, FrameName, is_intact, seal
 from kv_transfer.harm import HarmedWire
 from kv_transfer.messages import decode_credit, encode_credit
 from kv_transfer.outgoing import OutgoingTransfer
@@ -90,7 +90,7 @@ class Link:
         return header.name, tracker
 
     def answers(self) -> Iterator[tuple[FrameHeader, bytes]]:
-        """What has come, verified. Credit is taken here. Raises LinkLost for what our receiver would not send."""
+        """What has come, verified. Credit is taken here. Raises LinkLost or BadFrame for what ours would not send."""
         while True:
             try:
                 parts = self._wire.recv_multipart(zmq.NOBLOCK)
@@ -130,10 +130,7 @@ class Link:
         return replace(self._blank, kind=kind, **fields)
 
     def _verified(self, parts: list[bytes]) -> tuple[FrameHeader, bytes]:
-        try:
-            header = FrameHeader.decode(parts[0])
-        except BadFrame as bad:
-            raise LinkLost(f"bad answer: {bad}") from bad
+        header = FrameHeader.decode(parts[0])
         if len(parts) != 2 or not is_intact(parts[0], parts[1]):
             raise LinkLost("bad answer: damaged")
         ours = self._blank

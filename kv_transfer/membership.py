@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from isthmus.config import WorkerConfig
 from isthmus.kv_layout import KvLayout
@@ -118,14 +119,10 @@ class Membership:
     def _record(self, layout: KvLayout) -> WorkerRecord:
         status, health, identity = self.status(), self.context.health.snapshot(), self.context.identity
         blocks = status.blocks
+        who_and_where: dict[str, Any] = {**asdict(identity), "zmq_endpoint": identity.zmq_endpoint or None}
         return WorkerRecord(
-            incarnation=identity.incarnation,
-            role=identity.role,
-            name=identity.name,
+            **who_and_where,
             pid=os.getpid(),
-            grpc_address=identity.grpc_address,
-            zmq_endpoint=identity.zmq_endpoint or None,
-            http_address=identity.http_address,
             layout=layout,
             numerics_digest=status.numerics_digest,
             numerics_ingredients=dict(status.numerics_ingredients),

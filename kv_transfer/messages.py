@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from isthmus.convert import token_from_proto, token_to_proto
 from isthmus.types import Extent, Token
 from isthmus.v1 import decode_pb2
-from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, Buffer, FrameKind, FrameName, Refusal
+from kv_transfer.frames import KINDS, MAX_BODY_BYTES, BadFrame, Buffer, FrameKind, FrameName, Refusal
 
 MAX_COMMIT_BYTES = MAX_BODY_BYTES
 MAX_ACKS = 64
@@ -67,8 +67,10 @@ class Abort:
         if not _ABORT.size <= len(body) <= _ABORT.size + _MAX_CAUSE_BYTES:
             raise BadFrame(Refusal.BAD_BODY)
         kind, finished = _ABORT.unpack_from(body)
+        if kind and kind not in KINDS:
+            raise BadFrame(Refusal.BAD_BODY)
         cause = bytes(body[_ABORT.size :]).decode(errors="replace")
-        return cls(cause, _frame_kind(kind) if kind else None, bool(finished))
+        return cls(cause, KINDS.get(kind), bool(finished))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +101,3 @@ def decode_credit(body: Buffer) -> int:
     if len(body) != _CREDIT.size:
         raise BadFrame(Refusal.BAD_BODY)
     return _CREDIT.unpack(body)[0]
-
-
-def _frame_kind(value: int) -> FrameKind:
-    try:
-        return FrameKind(value)
-    except ValueError as error:
-        raise BadFrame(Refusal.BAD_BODY) from error

@@ -3,10 +3,9 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from isthmus.kv_layout import KvLayout
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.coverage import Coverage
 from kv_transfer.messages import MAX_COMMIT_BYTES, Commit
@@ -19,36 +18,28 @@ if TYPE_CHECKING:
 class TransferOutcome:
     """The last word on a transfer: everything acknowledged, or why not."""
 
-    acked: bool
-    failure: str  # empty when acked
-    bytes: int  # of acknowledged rows
-    frames: int  # acknowledged fill frames
     blocks: int  # blocks the rows of this transfer lie in
-    last_ack_ns: int | None  # CLOCK_MONOTONIC
+    acked: bool = False
+    failure: str = ""  # empty when acked
+    bytes: int = 0  # of acknowledged rows
+    frames: int = 0  # acknowledged fill frames
+    last_ack_ns: int | None = None  # CLOCK_MONOTONIC
 
 
-@dataclass(frozen=True, slots=True)
-class TransferOrder:
-    target: TransferTarget
-    block_table: tuple[int, ...]
-    on_done: Callable[[TransferOutcome], None]
-    request_id: str = ""
-
-
+OnDone = Callable[[TransferOutcome], None]
 Command = Callable[["Courier"], None]  # run by the sender's thread
 
 
+@dataclass(eq=False, slots=True)
 class OutgoingTransfer:
     """Public methods only hand a command to the sender's thread; they are cheap and any thread may call them."""
 
-    def __init__(self, order: TransferOrder, layout: KvLayout, post: Callable[[Command], None]):
-        self.order = order
-        self.state = OutgoingState(order.target.missing, layout.block_size)
-        self._post = post
-
-    @property
-    def transfer_id(self) -> str:
-        return self.order.target.transfer_id
+    target: TransferTarget
+    block_table: tuple[int, ...]
+    on_done: OnDone
+    request_id: str
+    state: "OutgoingState"
+    _post: Callable[[Command], None]
 
     def rows_ready(self, plane: int, layer: int, first: int, n: int) -> None:
         """Positions [first, first + n) are final in the pool. Only what the target misses goes out, and only once."""
@@ -73,19 +64,13 @@ class OutgoingState:
         self.commit_sent = False
         self.num_in_flight = 0  # fill frames without an answer
         self.num_borrowed = 0  # frames that ZeroMQ reads straight from the pool
-        self.failure: str | None = None  # set when the transfer has ended, empty for success
+        self.has_ended = False
         self.progress_at = 0.0  # Clock.now() of the last answer, or of the commit
         self.closed = False  # on_done has been called, or is being called
         self._missing = missing
-        self._blocks = {block for e in missing for block in range(e.first_token // block_size, -(-e.end // block_size))}
-        self._acked_bytes = 0
-        self._acked_frames = 0
         self._has_sent = False
-        self._last_ack_ns: int | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        return self.failure is not None
+        blocks = {block for e in missing for block in range(e.first_token // block_size, -(-e.end // block_size))}
+        self.outcome = TransferOutcome(len(blocks))  # as far as it is known
 
     @property
     def has_work(self) -> bool:
@@ -113,17 +98,11 @@ class OutgoingState:
 
     def note_acked(self, num_bytes: int) -> None:
         self.num_in_flight -= 1
-        self._acked_bytes += num_bytes
-        self._acked_frames += 1
-        self._last_ack_ns = time.monotonic_ns()
+        num_bytes, num_frames = self.outcome.bytes + num_bytes, self.outcome.frames + 1
+        self.outcome = replace(self.outcome, bytes=num_bytes, frames=num_frames, last_ack_ns=time.monotonic_ns())
 
-    def outcome(self) -> TransferOutcome:
-        assert self.failure is not None, "the outcome is known at the end"
-        return TransferOutcome(
-            acked=not self.failure,
-            failure=self.failure,
-            bytes=self._acked_bytes,
-            frames=self._acked_frames,
-            blocks=len(self._blocks),
-            last_ack_ns=self._last_ack_ns,
-        )
+    def end(self, failure: str) -> None:
+        """`failure` is empty for success."""
+        self.has_ended = True
+        self.outcome = replace(self.outcome, acked=not failure, failure=failure)
+        self.pieces.clear()

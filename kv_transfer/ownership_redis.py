@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import redis.asyncio
 from redis.exceptions import RedisError, ResponseError
 
+from kv_transfer import records
 from kv_transfer.counters import Counters
 from kv_transfer.handoff import TRANSITIONS
 from kv_transfer.ownership import (
@@ -30,17 +31,6 @@ from kv_transfer.ownership import (
     Transition,
     TransitionResult,
     WorkerRecord,
-)
-from kv_transfer.records import (
-    decode_blocks,
-    decode_handoff,
-    decode_stamp,
-    decode_stream,
-    decode_worker,
-    encode_blocks,
-    encode_worker,
-    read_record,
-    read_workers,
 )
 
 Answer = TypeVar("Answer")
@@ -101,7 +91,7 @@ class _Connection:
         except StoreRefused:
             self.counters.add(f"bad_record.{kind}")
             return None
-        return read_record(kind, decode, raw or None, self.counters)
+        return records.read_record(kind, decode, raw or None, self.counters)
 
     async def close(self) -> None:
         """Commands left by cancelled callers end first, within their own bound."""
@@ -122,12 +112,12 @@ class RedisBlocks:
         self._connection = connection
 
     async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> None:
-        name, value = f"blocks:{incarnation}", encode_blocks(snapshot)
+        name, value = f"blocks:{incarnation}", records.encode_blocks(snapshot)
         await self._connection.run(self._connection.client.set(name, value, px=_milliseconds(ttl_s)))
 
     async def find(self, incarnation: str) -> BlockSnapshot | None:
         command = self._connection.client.get(f"blocks:{incarnation}")
-        return await self._connection.read("blocks", decode_blocks, command)
+        return await self._connection.read("blocks", records.decode_blocks, command)
 
 
 class RedisStreams:
@@ -146,7 +136,7 @@ class RedisStreams:
 
     async def find(self, request_id: str) -> str | None:
         command = self._connection.client.get(f"stream:{request_id}")
-        return await self._connection.read("stream", decode_stream, command)
+        return await self._connection.read("stream", records.decode_stream, command)
 
 
 class RedisOwnership:
@@ -166,15 +156,16 @@ class RedisOwnership:
         async def put() -> list[Any]:
             async with self._connection.client.pipeline(transaction=False) as pipe:
                 pipe.get(lease).getrange(blocks, 0, SEQUENCE_BYTES - 1).strlen(blocks)
-                pipe.pexpire(blocks, ttl_ms).set(lease, encode_worker(record), px=ttl_ms)
+                pipe.pexpire(blocks, ttl_ms).set(lease, records.encode_worker(record), px=ttl_ms)
                 *found, written = await pipe.execute(raise_on_error=False)
             if isinstance(written, Exception):
                 raise written
             return [None if isinstance(reply, Exception) else reply for reply in found]  # a key of another type
 
         known, head, num_bytes, _ = await self._connection.run(put())
-        decode = partial(decode_worker, incarnation=record.incarnation)
-        return Renewed(read_record("worker", decode, known, self.counters), decode_stamp(head or b"", num_bytes or 0))
+        decode = partial(records.decode_worker, incarnation=record.incarnation)
+        before = records.read_record("worker", decode, known, self.counters)
+        return Renewed(before, records.decode_stamp(head or b"", num_bytes or 0))
 
     async def drop_worker(self, incarnation: str) -> None:
         await self._connection.run(self._connection.client.delete(f"w:{incarnation}", f"blocks:{incarnation}"))
@@ -184,7 +175,7 @@ class RedisOwnership:
         values = await self._connection.run(self._connection.client.mget(names)) if names else []
         found = zip(names, values, strict=True)
         raw = ((name.decode(errors="replace")[2:], value) for name, value in found if value is not None)
-        return read_workers(raw, self.counters)
+        return records.read_workers(raw, self.counters)
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
         owners = [record.state.value, record.request_id, record.decode, record.prefill or ""]
@@ -193,20 +184,11 @@ class RedisOwnership:
         return TransitionResult(await self._connection.run(command))
 
     async def advance_handoff(self, transition: Transition) -> TransitionResult:
-        arguments = [
-            transition.from_state.value,
-            transition.to_state.value,
-            transition.attempt,
-            transition.prefill or "",
-            _TRANSITION_TABLE,
-            int(transition.to_state.is_final),
-        ]
+        before, after = transition.from_state, transition.to_state
+        writer = [transition.attempt, transition.prefill or ""]
+        arguments = [before.value, after.value, *writer, _TRANSITION_TABLE, int(after.is_final)]
         command = self._advance_handoff(keys=[f"handoff:{transition.transfer_id}"], args=arguments)
         return TransitionResult(await self._connection.run(command))
-
-    async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
-        command: Awaitable[dict[bytes, bytes]] = self._connection.client.hgetall(f"handoff:{transfer_id}")
-        return await self._connection.read("handoff", lambda fields: decode_handoff(fields, transfer_id), command)
 
     async def ping(self) -> None:
         await self._connection.run(self._connection.client.ping())

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from isthmus.kv_layout import KvLayout
+from kv_transfer.coverage import Interval, Place
 from kv_transfer.frames import Buffer
 
 Bytes = npt.NDArray[np.uint8]
@@ -19,14 +20,13 @@ Bytes = npt.NDArray[np.uint8]
 class PoolMemory:
     """Views of the pool; allocates nothing. Any thread may copy; who may write which block is the caller's affair."""
 
-    def __init__(self, layout: KvLayout, memory: Mapping[tuple[int, int], memoryview]):
+    def __init__(self, layout: KvLayout, memory: Mapping[Place, memoryview]):
         """Raises ValueError if a plane's layer is missing or does not hold the same number of whole blocks."""
         self.layout = layout
-        self._blocks: dict[tuple[int, int], Bytes] = {}  # [num_blocks, block_size * row_bytes]
-        for number, plane in enumerate(layout.planes):
-            for layer in range(plane.num_layers):
-                flat = np.frombuffer(memory[number, layer], dtype=np.uint8)
-                self._blocks[number, layer] = flat.reshape(-1, layout.block_size * plane.row_bytes)
+        self._blocks: dict[Place, Bytes] = {}  # [num_blocks, block_size * row_bytes]
+        for place in layout.places:
+            flat = np.frombuffer(memory[place], dtype=np.uint8)
+            self._blocks[place] = flat.reshape(-1, layout.block_size * self.row_bytes(place[0]))
         sizes = {len(blocks) for blocks in self._blocks.values()}
         if len(sizes) != 1:
             raise ValueError(f"layers hold different numbers of blocks: {sorted(sizes)}")
@@ -40,9 +40,7 @@ class PoolMemory:
     def row_bytes(self, plane: int) -> int:
         return self.layout.planes[plane].row_bytes
 
-    def contiguous(
-        self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int]
-    ) -> memoryview | None:
+    def contiguous(self, place: Place, block_table: Sequence[int], interval: Interval) -> memoryview | None:
         """The rows where they lie, if their blocks are neighbours in order; None otherwise."""
         first_block, last_block = interval[0] // self.layout.block_size, (interval[1] - 1) // self.layout.block_size
         run = _as_run(list(block_table[first_block : last_block + 1]))
@@ -52,9 +50,7 @@ class PoolMemory:
         start = (run.start * self.layout.block_size + interval[0] % self.layout.block_size) * row_bytes
         return self._blocks[place].reshape(-1).data[start : start + (interval[1] - interval[0]) * row_bytes]
 
-    def read_rows(
-        self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int], into: Buffer
-    ) -> None:
+    def read_rows(self, place: Place, block_table: Sequence[int], interval: Interval, into: Buffer) -> None:
         """Positions [first, end) of (plane, layer) into the start of `into`."""
         blocks = self._blocks[place]
         for ids, columns, piece in self._pieces(place[0], block_table, interval, into):
@@ -63,9 +59,7 @@ class PoolMemory:
             else:  # "clip" writes straight into `out`; the table was checked
                 np.take(blocks, ids, axis=0, out=piece, mode="clip")
 
-    def write_rows(
-        self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int], body: Buffer
-    ) -> None:
+    def write_rows(self, place: Place, block_table: Sequence[int], interval: Interval, body: Buffer) -> None:
         """The start of `body` into positions [first, end) of (plane, layer)."""
         blocks = self._blocks[place]
         for ids, columns, piece in self._pieces(place[0], block_table, interval, body):
@@ -75,7 +69,7 @@ class PoolMemory:
                 blocks[ids] = piece
 
     def _pieces(
-        self, plane: int, block_table: Sequence[int], interval: tuple[int, int], body: Buffer
+        self, plane: int, block_table: Sequence[int], interval: Interval, body: Buffer
     ) -> Iterator[tuple[list[int], slice, Bytes]]:
         """(block ids, their columns, the body's part): a partial first block, whole blocks, a partial last one."""
         row_bytes, block_size = self.row_bytes(plane), self.layout.block_size

@@ -7,16 +7,14 @@ Other threads reserve, rearm, cancel and release. The lock guards the state mach
 import threading
 from collections import deque
 from contextlib import suppress
-from typing import Self
 
 import zmq
 
-from isthmus.clock import Clock, SystemClock
 from isthmus.ledger import Ledger
 from isthmus.types import Extent
 from kv_transfer.allocator import keep_freed_memory
 from kv_transfer.counters import Counters
-from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
+from kv_transfer.events import DEFAULT_OPTIONS, ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
 from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, FrameName, Refusal, is_intact
 from kv_transfer.handoff import HandoffState
 from kv_transfer.messages import Abort, Commit, decode_credit
@@ -39,11 +37,8 @@ class Receiver:
         memory: PoolMemory,
         ledger: Ledger,
         events: TransferEvents,
-        *,
-        options: ReceiverOptions | None = None,
-        clock: Clock | None = None,
+        options: ReceiverOptions = DEFAULT_OPTIONS,
     ):
-        options = options or ReceiverOptions()
         self._incarnation = bytes.fromhex(incarnation)
         self._memory = memory
         self._fingerprint = bytes.fromhex(memory.layout.fingerprint)
@@ -57,10 +52,7 @@ class Receiver:
         # (link to be told, transfer that ended here, why); at most one per transfer
         self._notices: deque[tuple[bytes, IncomingTransfer, str]] = deque()
         self._transfers = IncomingTransfers(
-            memory.layout,
-            clock or SystemClock(),
-            on_change=self._note_change,
-            max_transfers=options.max_transfers,
+            memory.layout, options.clock, on_change=self._note_change, max_transfers=options.max_transfers
         )
         keep_freed_memory(MAX_BODY_BYTES, 4 * options.credit_bytes)
         self._context, self._socket = bind_router(options.host, options.port)
@@ -117,12 +109,6 @@ class Receiver:
         self._socket.close()
         self._context.term()
         self._waker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _wait_until_written(self, transfer_id: str) -> None:
         if threading.current_thread() is not self._thread:  # a handler runs between writes
@@ -259,7 +245,9 @@ class Receiver:
             if link is not None:  # else released by another thread already
                 transfer_bytes = bytes.fromhex(transfer.transfer_id)
                 self._replies.ack(link, FrameName(FrameKind.COMMIT.value, transfer_bytes, transfer.attempt))
-                self._events.on_ready(ClaimedTransfer.of(transfer))
+                assert transfer.commit is not None, "claimed by its commit"
+                ids = transfer.transfer_id, transfer.request_id
+                self._events.on_ready(ClaimedTransfer(*ids, transfer.commit.tokens))
 
     def _report_failure(self, failure: FailedTransfer) -> None:
         self.counters.add("finished" if failure.finished else "failed")

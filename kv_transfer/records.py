@@ -10,13 +10,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from isthmus.kv_layout import DTYPE_BYTES
 from kv_transfer.counters import Counters
-from kv_transfer.handoff import HandoffState
 from kv_transfer.ownership import (
     BLOCK_HASH_BYTES,
     MAX_BLOCK_HASHES,
     SEQUENCE_BYTES,
     BlockSnapshot,
-    HandoffRecord,
     Stamp,
     WorkerRecord,
 )
@@ -55,7 +53,7 @@ def decode_worker(raw: bytes, incarnation: str) -> WorkerRecord:
         record = _WORKER.validate_json(raw, strict=True)
     except ValidationError as error:
         raise BadRecord(str(error)) from error
-    if _incarnation(record.incarnation) != incarnation:
+    if check_incarnation(record.incarnation) != incarnation:
         raise BadRecord("filed under another incarnation")
     dtypes = {plane.dtype for plane in record.layout.planes}
     if record.role not in ("prefill", "decode") or not dtypes <= DTYPE_BYTES.keys():
@@ -91,29 +89,15 @@ def decode_stamp(head: bytes, num_bytes: int) -> Stamp:
     return int.from_bytes(head[:SEQUENCE_BYTES], "little"), num_bytes
 
 
-def decode_handoff(raw: dict[bytes, bytes], transfer_id: str) -> HandoffRecord:
-    try:
-        fields = {name.decode(): value.decode() for name, value in raw.items()}
-        return HandoffRecord(
-            transfer_id=transfer_id,
-            request_id=fields["request_id"],
-            decode=_incarnation(fields["decode"]),
-            prefill=_incarnation(fields["prefill"]) if fields["prefill"] else None,
-            attempt=int(fields["attempt"]),
-            state=HandoffState(fields["state"]),
-        )
-    except (KeyError, ValueError) as error:
-        raise BadRecord(str(error)) from error
-
-
 def decode_stream(raw: bytes) -> str:
     try:
-        return _incarnation(raw.decode())
+        return check_incarnation(raw.decode())
     except ValueError as error:
         raise BadRecord(str(error)) from error
 
 
-def _incarnation(text: str) -> str:
+def check_incarnation(text: str) -> str:
+    """The text itself. Raises BadRecord."""
     if len(text) != 32 or not _HEX.issuperset(text):
         raise BadRecord("an incarnation is 32 hex digits")
     return text

@@ -59,14 +59,14 @@ class Replies:
 
     def refuse(self, link: bytes, header: FrameHeader, refusal: Refusal) -> None:
         self.counters.add(f"refused.{refusal.value}")
-        self._abort(link, header, Abort(refusal.value, refused=header.kind))
+        self._abort(link, header.sender, header.name, Abort(refusal.value, refused=header.kind))
 
     def abort(self, link: bytes, transfer: bytes, attempt: int, cause: str) -> None:
         """Tells the sender that the transfer ended here."""
         peer = self._peers.get(link)
         if peer is not None:
-            header = FrameHeader(FrameKind.ABORT, self.fingerprint, peer.incarnation, bytes(16), transfer, attempt)
-            self._abort(link, header, Abort(cause))
+            name = FrameName(FrameKind.ABORT.value, transfer, attempt)
+            self._abort(link, peer.incarnation, name, Abort(cause))
 
     def flush(self) -> None:
         while self._waiting:
@@ -76,10 +76,10 @@ class Replies:
         if (peer := self._peers.get(link)) is not None and (answer := peer.take_answer()) is not None:
             self._send(link, FrameKind.ACK, peer.incarnation, FrameName(0, NO_TRANSFER, 0), answer.encode())
 
-    def _abort(self, link: bytes, about: FrameHeader, abort: Abort) -> None:
+    def _abort(self, link: bytes, receiver: bytes, name: FrameName, abort: Abort) -> None:
         """Echoes the frame's name to whoever sent it, after the acks that came before."""
         self._flush_link(link)
-        self._send(link, FrameKind.ABORT, about.sender, about.name, abort.encode())
+        self._send(link, FrameKind.ABORT, receiver, name, abort.encode())
 
     def _grant(self, link: bytes, incarnation: bytes, num_bytes: int) -> None:
         self._send(link, FrameKind.CREDIT, incarnation, FrameName(0, NO_TRANSFER, 0), encode_credit(num_bytes))

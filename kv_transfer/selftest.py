@@ -3,6 +3,7 @@
 import os
 import queue
 import time
+from contextlib import closing
 
 from isthmus.errors import TransferIncomplete
 from isthmus.ids import new_incarnation, new_transfer_id
@@ -10,6 +11,7 @@ from isthmus.kv_layout import KvLayout
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.courier import SenderOptions
+from kv_transfer.coverage import extents
 from kv_transfer.events import ClaimedTransfer, FailedTransfer, TransferEvents
 from kv_transfer.outgoing import TransferOutcome
 from kv_transfer.pool_memory import PoolMemory
@@ -26,32 +28,26 @@ _STAGING_BYTES = 8 * 2**20
 def round_trip(layout: KvLayout, *, timeout_s: float = 5.0) -> None:
     """Two blocks of every plane and layer, sent and compared. Blocks the caller. Raises TransferIncomplete."""
     num_tokens = _NUM_BLOCKS * layout.block_size
-    extents = tuple(
-        Extent(number, layer, 0, num_tokens)
-        for number, plane in enumerate(layout.planes)
-        for layer in range(plane.num_layers)
-    )
-    sizes = {(extent.plane, extent.layer): num_tokens * layout.planes[extent.plane].row_bytes for extent in extents}
+    sizes = {place: num_tokens * layout.planes[place[0]].row_bytes for place in layout.places}
     source = {place: memoryview(bytearray(os.urandom(size))) for place, size in sizes.items()}
     landing = {place: memoryview(bytearray(size)) for place, size in sizes.items()}
-    _transfer(PoolMemory(layout, source), PoolMemory(layout, landing), extents, timeout_s)
+    _transfer(PoolMemory(layout, source), PoolMemory(layout, landing), extents(layout, 0, num_tokens), timeout_s)
     if wrong := [place for place in sizes if source[place] != landing[place]]:
         raise TransferIncomplete(f"self-test: other bytes arrived in (plane, layer) {wrong[:4]}")
 
 
-def _transfer(source: PoolMemory, landing: PoolMemory, extents: tuple[Extent, ...], timeout_s: float) -> None:
+def _transfer(source: PoolMemory, landing: PoolMemory, missing: tuple[Extent, ...], timeout_s: float) -> None:
     news: News = queue.SimpleQueue()
     table, transfer_id, receiver_incarnation = tuple(range(_NUM_BLOCKS)), new_transfer_id(), new_incarnation()
     events = TransferEvents(on_ready=news.put, on_failed=news.put)
     receiving = Receiver(receiver_incarnation, landing, Ledger(16), events)
     sending = Sender(new_incarnation(), source, Ledger(16), options=SenderOptions(staging_bytes=_STAGING_BYTES))
-    with receiving as receiver, sending as sender:
-        receiver.reserve(Reservation(transfer_id, 1, "self-test", table, extents, time.monotonic() + timeout_s))
-        target = TransferTarget(
-            transfer_id, 1, receiver.endpoint, receiver_incarnation, source.layout.fingerprint, extents
-        )
+    with closing(receiving) as receiver, closing(sending) as sender:
+        receiver.reserve(Reservation(transfer_id, 1, "self-test", table, missing, time.monotonic() + timeout_s))
+        ends = receiver.endpoint, receiver_incarnation, source.layout.fingerprint
+        target = TransferTarget(transfer_id, 1, *ends, missing)
         transfer = sender.open(target, table, news.put)
-        for extent in extents:
+        for extent in missing:
             transfer.rows_ready(extent.plane, extent.layer, extent.first_token, extent.num_tokens)
         transfer.commit(Token(0))
         _expect_claim_and_ack(news, timeout_s)

@@ -5,15 +5,13 @@ A transfer's blocks are read until its on_done and not after; that comes exactly
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Sequence
 
-from isthmus.clock import Clock, SystemClock
 from isthmus.errors import LayoutMismatch, Overloaded
 from isthmus.ledger import Ledger
 from isthmus.types import TransferTarget
 from kv_transfer.courier import Courier, SenderOptions
-from kv_transfer.outgoing import Command, OutgoingTransfer, TransferOrder, TransferOutcome
+from kv_transfer.outgoing import Command, OnDone, OutgoingState, OutgoingTransfer, TransferOutcome
 from kv_transfer.pool_memory import PoolMemory
 
 _TICK_MS = 100  # resolution of deadlines
@@ -22,20 +20,12 @@ _TICK_MS = 100  # resolution of deadlines
 class Sender:
     """Starts its thread in the constructor; `close` fails what is open and ends it."""
 
-    def __init__(
-        self,
-        incarnation: str,
-        memory: PoolMemory,
-        ledger: Ledger,
-        *,
-        options: SenderOptions | None = None,
-        clock: Clock | None = None,
-    ):
+    def __init__(self, incarnation: str, memory: PoolMemory, ledger: Ledger, *, options: SenderOptions | None = None):
         self._memory = memory
         self._ledger = ledger
         options = options or SenderOptions()
         self._max_transfers = options.max_transfers
-        self._courier = Courier(bytes.fromhex(incarnation), memory, ledger, clock or SystemClock(), options)
+        self._courier = Courier(bytes.fromhex(incarnation), memory, ledger, options)
         self.counters = self._courier.counters
         self._commands: deque[Command] = deque()  # bounded by max_transfers and the pieces of a transfer
         self._lock = threading.Lock()
@@ -45,12 +35,7 @@ class Sender:
         self._thread.start()
 
     def open(
-        self,
-        target: TransferTarget,
-        block_table: Sequence[int],
-        on_done: Callable[[TransferOutcome], None],
-        *,
-        request_id: str = "",
+        self, target: TransferTarget, block_table: Sequence[int], on_done: OnDone, *, request_id: str = ""
     ) -> OutgoingTransfer:
         """on_done follows exactly once, from the sender's thread. Any thread.
 
@@ -68,8 +53,8 @@ class Sender:
                 self._num_open -= 1
             on_done(outcome)
 
-        order = TransferOrder(target, tuple(block_table), done, request_id)
-        transfer = OutgoingTransfer(order, layout, self._post)
+        state = OutgoingState(target.missing, layout.block_size)
+        transfer = OutgoingTransfer(target, tuple(block_table), done, request_id, state, self._post)
         with self._lock:
             if self._stopping or self._num_open >= self._max_transfers:
                 raise Overloaded("no more transfers can be opened", retry_after_s=1.0)
@@ -87,12 +72,6 @@ class Sender:
         self._courier.waker.wake()
         self._thread.join()
         self._courier.waker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _post(self, command: Command) -> None:
         self._commands.append(command)

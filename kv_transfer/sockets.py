@@ -5,10 +5,14 @@ import zmq
 from isthmus.errors import CannotStart
 from kv_transfer.frames import MAX_BODY_BYTES
 
-HANDSHAKE_MS = 2000
-HEARTBEAT_MS = 500
-HEARTBEAT_TIMEOUT_MS = 1500
-_NO_RECONNECT = -1  # a broken link is never mended behind our back: its transfers fail
+_BOUNDS = {
+    zmq.MAXMSGSIZE: MAX_BODY_BYTES,
+    zmq.HANDSHAKE_IVL: 2000,  # ms
+    zmq.HEARTBEAT_IVL: 500,
+    zmq.HEARTBEAT_TIMEOUT: 1500,
+    zmq.LINGER: 0,
+    zmq.RECONNECT_IVL: -1,  # never: a broken link is not mended behind our back, its transfers fail
+}
 _ROUTER_RECEIVE_HWM = 32  # messages a connection may queue before TCP pushes back
 _ANSWERS_HWM = 4096  # small frames
 _UNBOUNDED = 0  # in messages: credit bounds the bytes
@@ -37,12 +41,6 @@ def open_dealer(context: Context) -> Socket:
 
 
 def _bounded(socket: Socket, *, send_hwm: int, receive_hwm: int) -> Socket:
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.RECONNECT_IVL, _NO_RECONNECT)
-    socket.setsockopt(zmq.SNDHWM, send_hwm)
-    socket.setsockopt(zmq.RCVHWM, receive_hwm)
+    for option, value in {**_BOUNDS, zmq.SNDHWM: send_hwm, zmq.RCVHWM: receive_hwm}.items():
+        socket.setsockopt(option, value)
     return socket

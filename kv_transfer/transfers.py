@@ -168,11 +168,10 @@ class IncomingTransfers:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             self._bury(transfer_id, self.clock.now() + UNRESERVED_FILL_S)
-            return None
-        if transfer.state is HandoffState.CLAIMED:
-            return None
-        self._end(transfer, HandoffState.ABORTED, cause)
-        return transfer
+        elif transfer.state is not HandoffState.CLAIMED:
+            self._end(transfer, HandoffState.ABORTED, cause)
+            return transfer
+        return None
 
     def abandon(self, transfer_id: str) -> IncomingTransfer | None:
         """The sender gave up: nothing comes any more and what came stays, for `rearm`. None if it is not filling."""

@@ -48,5 +48,9 @@ class Chunk(NamedTuple):
     num_tokens: int
 
     @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.sequence.request.prompt_token_ids[self.start : self.start + self.num_tokens]
+
+    @property
     def ends_prompt(self) -> bool:
         return self.start + self.num_tokens == self.sequence.num_prompt_tokens

@@ -108,9 +108,8 @@ class PrefillLoop:
             sequence = self._waiting.pop(0)
             self._running.append(sequence)
             self._open_transfer(sequence)
-            self._context.ledger.record(
-                "prefill.started", request_id=sequence.request.request_id, cached=sequence.num_cached_tokens
-            )
+            request_id, num_cached = sequence.request.request_id, sequence.num_cached_tokens
+            self._context.ledger.record("prefill.started", request_id=request_id, cached=num_cached)
 
     def _take_blocks(self, sequence: Sequence) -> None:
         """At least the last prompt token is computed: its logits give token 0."""
@@ -127,7 +126,7 @@ class PrefillLoop:
     def _open_transfer(self, sequence: Sequence) -> None:
         if sequence.target is None:
             return
-        blocks = list(sequence.block_table)
+        blocks, request_id = list(sequence.block_table), sequence.request.request_id
         self._engine.pool.begin_drain(blocks)  # until the transfer is done its sends may read these blocks
 
         def on_done(outcome: TransferOutcome) -> None:
@@ -136,9 +135,7 @@ class PrefillLoop:
             sequence.emit(Response(done=_done(sequence, outcome)))
 
         try:
-            sequence.transfer = self._sender.open(
-                sequence.target, blocks, on_done, request_id=sequence.request.request_id
-            )
+            sequence.transfer = self._sender.open(sequence.target, blocks, on_done, request_id=request_id)
         except IsthmusError as error:
             self._engine.pool.end_drain(blocks)
             self._end(sequence, error)
@@ -167,12 +164,7 @@ class PrefillLoop:
             sequence.first_tile_ns = begin_ns
             self._report_progress(sequence)
         inputs = [
-            PrefillChunk(
-                token_ids=chunk.sequence.request.prompt_token_ids[chunk.start : chunk.start + chunk.num_tokens],
-                start=chunk.start,
-                block_table=chunk.sequence.block_table,
-                needs_logits=chunk.ends_prompt,
-            )
+            PrefillChunk(chunk.token_ids, chunk.start, chunk.sequence.block_table, needs_logits=chunk.ends_prompt)
             for chunk in chunks
         ]
         on_layer = partial(publish_layer, chunks, self._engine.layout, self._context)

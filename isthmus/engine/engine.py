@@ -1,5 +1,6 @@
 """A loaded model with its cache, block pool and proven numerics: what a prefill or decode worker is built on."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import torch
 
 from isthmus.checkpoint import Checkpoint
-from isthmus.engine.block_pool import BlockPool
+from isthmus.engine.block_pool import BlockPool, prefix_hashes
 from isthmus.engine.canary import Numerics, run_canary
 from isthmus.engine.latent_cache import TORCH_DTYPES, LatentCache
 from isthmus.engine.runner import Runner
@@ -31,6 +32,16 @@ class Engine:
     @property
     def context_length(self) -> int:
         return self.model_config.context_length
+
+    def match_prompt(self, token_ids: Sequence[int]) -> list[int]:
+        """Blocks that hold the longest cached prefix; the caller has a reference to each."""
+        return self.pool.match(prefix_hashes(token_ids, self.layout.block_size, self.layout.fingerprint))
+
+    def publish_prompt(self, token_ids: Sequence[int], block_table: Sequence[int]) -> None:
+        """Full prompt blocks become reusable by content; blocks with generated tokens never do (other rounding)."""
+        hashes = prefix_hashes(token_ids, self.layout.block_size, self.layout.fingerprint)
+        for block_id, block_hash in zip(block_table, hashes, strict=False):
+            self.pool.publish(block_id, block_hash)
 
     @classmethod
     def open(

@@ -32,7 +32,7 @@ from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import decode_pb2, types_pb2
 from isthmus.worker_context import WorkerContext
 from isthmus.worker_engine import transfer_memory
-from kv_transfer.events import TransferEvents
+from kv_transfer.events import ReceiverOptions, TransferEvents
 from kv_transfer.mirror import HandoffMirror
 from kv_transfer.outgoing import OutgoingTransfer, TransferOutcome
 from kv_transfer.pool_memory import PoolMemory
@@ -150,7 +150,7 @@ class Worker:
             on_state=self.report.handoff_changed,
         )
         ledger = self.context.ledger
-        self.receiver = Receiver(self.identity.incarnation, self.memory, ledger, events, clock=clock)
+        self.receiver = Receiver(self.identity.incarnation, self.memory, ledger, events, ReceiverOptions(clock=clock))
         self.identity.zmq_endpoint = self.receiver.endpoint
         self.may_step = threading.Event()
         self.may_step.set()

@@ -4,6 +4,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -94,7 +95,7 @@ def intruder(decode: DecodeSide) -> Iterator[Intruder]:
 def others_never_notice(decode: DecodeSide) -> Iterator[None]:
     """A transfer opened before the attack and finished after it arrives whole."""
     pool, missing = Pool(seed=8), extents(0, 40)
-    with Sender(new_incarnation(), pool.memory, Ledger()) as sender:
+    with closing(Sender(new_incarnation(), pool.memory, Ledger())) as sender:
         sending = PrefillSide(sender, pool).send(decode.reserve([20, 21, 22], missing), [3, 9, 4])
         sending.transfer.rows_ready(0, 0, 0, 40)
         yield

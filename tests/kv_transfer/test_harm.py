@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -48,7 +49,7 @@ def send(sender: Sender, decode: DecodeSide) -> Sending:
     ],
 )
 def test_repeated_and_reordered_frames_change_nothing(decode: DecodeSide, spec: str) -> None:
-    with sender(spec) as sending:
+    with closing(sender(spec)) as sending:
         assert send(sending, decode).outcome().acked
         assert isinstance(decode.next(), ClaimedTransfer)
     assert_moved(POOL, OURS, decode.pool, THEIRS, MISSING)
@@ -58,7 +59,7 @@ def test_repeated_and_reordered_frames_change_nothing(decode: DecodeSide, spec: 
 def test_a_commit_may_come_before_the_last_rows(decode: DecodeSide) -> None:
     frames = [len(POOL.rows[place][0]) for place in POOL.rows]  # bytes of a row
     num_frames = sum(-(-num // (500 // row_bytes)) for row_bytes in frames for num in (64, 64, 22))
-    with sender(f"transfer.fill=reorder@{num_frames}") as sending:
+    with closing(sender(f"transfer.fill=reorder@{num_frames}")) as sending:
         outcome = send(sending, decode).outcome()
     assert (outcome.acked, outcome.frames) == (True, num_frames)
     assert isinstance(decode.next(), ClaimedTransfer)
@@ -79,19 +80,19 @@ def test_a_commit_may_come_before_the_last_rows(decode: DecodeSide) -> None:
     ],
 )
 def test_lost_and_damaged_frames_fail_the_transfer_in_time(decode: DecodeSide, spec: str, failure: str) -> None:
-    with sender(spec) as sending:
+    with closing(sender(spec)) as sending:
         outcome = send(sending, decode).outcome(2)
     assert (outcome.acked, outcome.failure) == (False, failure)
 
 
 def test_another_sender_brings_only_what_a_lost_frame_left_missing(decode: DecodeSide) -> None:
     target = decode.reserve(THEIRS, MISSING)
-    with sender("transfer.fill=drop@4") as first:
+    with closing(sender("transfer.fill=drop@4")) as first:
         outcome = PrefillSide(first, POOL).send(target, OURS).all_rows(NUM_TOKENS).commit().outcome(2)
         assert not outcome.acked
     missing = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
     assert missing == (Extent(0, 0, 36, 12),)
-    with Sender(new_incarnation(), POOL.memory, Ledger()) as second:
+    with closing(Sender(new_incarnation(), POOL.memory, Ledger())) as second:
         retry = PrefillSide(second, POOL).send(decode.target(target.transfer_id, 2, missing), OURS)
         assert retry.all_rows(NUM_TOKENS).commit().outcome().frames == 1
     assert_moved(POOL, OURS, decode.pool, THEIRS, MISSING)
@@ -99,7 +100,7 @@ def test_another_sender_brings_only_what_a_lost_frame_left_missing(decode: Decod
 
 def test_a_receiver_that_misses_the_abort_ends_the_fill_at_its_deadline(decode: DecodeSide) -> None:
     target = decode.reserve(THEIRS, MISSING, fill_s=1.0)
-    with sender("transfer.abort=drop") as sending:
+    with closing(sender("transfer.abort=drop")) as sending:
         transfer = PrefillSide(sending, POOL).send(target, OURS)
         transfer.transfer.rows_ready(0, 0, 0, 16)
         wait_until(lambda: any(event.event == "handoff.filling" for event in decode.ledger.read()))

@@ -21,6 +21,7 @@ from kv_transfer.ownership import BlockSnapshot, HandoffRecord, StoreUnavailable
 from kv_transfer.ownership_redis import RedisOwnership
 from tests.kv_transfer.conftest import free_port, wait_for_redis
 from tests.kv_transfer.test_ownership import D1, HANDOFF, P1, WORKER
+from tests.ownership_reading import ReadableOwnership
 
 RIGHT_AGAIN_S = 3.0
 TTL_S = 30.0
@@ -104,7 +105,7 @@ class Owner:
         for name in list(self.streams):
             self.mirror.report(lambda store, name=name: store.streams.put(name, D1, TTL_S))
 
-    async def is_right(self, store: RedisOwnership) -> bool:
+    async def is_right(self, store: ReadableOwnership) -> bool:
         try:
             workers, snapshot, handoffs, streams = await asyncio.gather(
                 store.list_workers(),
@@ -118,7 +119,7 @@ class Owner:
         said = ([self._record()], self.snapshot, list(self.handoffs.values()), [D1] * len(self.streams))
         return (mine, snapshot, handoffs, streams) == said
 
-    async def until_right(self, store: RedisOwnership, timeout_s: float = RIGHT_AGAIN_S) -> None:
+    async def until_right(self, store: ReadableOwnership, timeout_s: float = RIGHT_AGAIN_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not await self.is_right(store):
             assert time.monotonic() < deadline, f"not right again: {self.keeper.counters} {self.mirror.counters}"
@@ -126,9 +127,9 @@ class Owner:
 
 
 @contextlib.asynccontextmanager
-async def owning(url: str) -> AsyncIterator[tuple[Owner, RedisOwnership]]:
+async def owning(url: str) -> AsyncIterator[tuple[Owner, ReadableOwnership]]:
     """An owner with two handoffs, all it has in the store, and a reader of that."""
-    written, reader = RedisOwnership(url), RedisOwnership(url)
+    written, reader = RedisOwnership(url), ReadableOwnership(url)
     async with running(HandoffMirror(written)) as mirror:
         owner = Owner(url, mirror)
         owner.begin("1" * 32)

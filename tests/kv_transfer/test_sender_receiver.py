@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -42,7 +43,7 @@ def decode() -> Iterator[DecodeSide]:
 @pytest.fixture(params=[SenderOptions(), SMALL_FRAMES], ids=["whole", "small_frames"])
 def prefill(request: pytest.FixtureRequest) -> Iterator[PrefillSide]:
     pool = PoolOf(seed=3)
-    with Sender(new_incarnation(), pool.memory, Ledger(), options=request.param) as sender:
+    with closing(Sender(new_incarnation(), pool.memory, Ledger(), options=request.param)) as sender:
         yield PrefillSide(sender, pool)
 
 
@@ -148,7 +149,7 @@ def test_credit_far_below_the_transfer_only_slows_it() -> None:
     pool, ours, theirs, missing = PoolOf(seed=4), shuffled(5, 30), shuffled(6, 30), extents(0, 480)
     with (
         DecodeSide(ReceiverOptions(credit_bytes=400)) as decode,
-        Sender(new_incarnation(), pool.memory, Ledger()) as sender,
+        closing(Sender(new_incarnation(), pool.memory, Ledger())) as sender,
     ):
         outcome = PrefillSide(sender, pool).send(decode.reserve(theirs, missing), ours).all_rows(480).commit().outcome()
         assert outcome.acked
@@ -160,7 +161,7 @@ def test_credit_far_below_the_transfer_only_slows_it() -> None:
 def test_staging_far_below_the_transfer_only_slows_it(decode: DecodeSide) -> None:
     pool, ours, theirs, missing = PoolOf(seed=4), shuffled(5, 30), shuffled(6, 30), extents(0, 480)
     options = SenderOptions(staging_bytes=8192, max_frame_bytes=2000)
-    with Sender(new_incarnation(), pool.memory, Ledger(), options=options) as sender:
+    with closing(Sender(new_incarnation(), pool.memory, Ledger(), options=options)) as sender:
         assert (
             PrefillSide(sender, pool).send(decode.reserve(theirs, missing), ours).all_rows(480).commit().outcome().acked
         )
@@ -242,7 +243,7 @@ def test_a_rearmed_transfer_is_filled_by_another_and_the_first_is_fenced(
     rest = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
     zombie.all_rows(NUM_TOKENS).commit()
     assert "old_attempt" in zombie.outcome().failure
-    with Sender(new_incarnation(), prefill.pool.memory, Ledger()) as other:
+    with closing(Sender(new_incarnation(), prefill.pool.memory, Ledger())) as other:
         again = PrefillSide(other, prefill.pool).send(decode.target(target.transfer_id, 2, rest), ours)
         outcome = again.all_rows(NUM_TOKENS).commit().outcome()
     assert outcome.acked
@@ -293,7 +294,7 @@ def test_a_receiver_that_never_answers_is_given_up() -> None:
         pool = PoolOf()
         options = SenderOptions(ack_timeout_s=0.3)
         silent.receiver._receive = lambda parts: None  # type: ignore[method-assign]
-        with Sender(new_incarnation(), pool.memory, Ledger(), options=options) as sender:
+        with closing(Sender(new_incarnation(), pool.memory, Ledger(), options=options)) as sender:
             sending = PrefillSide(sender, pool).send(silent.reserve([0], extents(0, 16)), [0]).all_rows(16).commit()
             assert sending.outcome(3).failure == "no answer"
 
@@ -307,7 +308,7 @@ def test_a_commit_before_its_rows_fails_at_once(prefill: PrefillSide, decode: De
 
 def test_what_cannot_be_opened_is_refused_to_the_caller(decode: DecodeSide) -> None:
     pool = PoolOf()
-    with Sender(new_incarnation(), pool.memory, Ledger(), options=SenderOptions(max_transfers=1)) as sender:
+    with closing(Sender(new_incarnation(), pool.memory, Ledger(), options=SenderOptions(max_transfers=1))) as sender:
         side = PrefillSide(sender, pool)
         good = decode.reserve([0], extents(0, 16))
         with pytest.raises(LayoutMismatch):
@@ -354,7 +355,7 @@ def test_a_faulty_handler_does_not_end_the_others(decode: DecodeSide, prefill: P
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
     def one_transfer() -> None:
         pool = PoolOf()
-        with DecodeSide() as decode, Sender(new_incarnation(), pool.memory, Ledger()) as sender:
+        with DecodeSide() as decode, closing(Sender(new_incarnation(), pool.memory, Ledger())) as sender:
             side = PrefillSide(sender, pool)
             assert side.send(decode.reserve([0, 2], extents(0, 32)), [0, 2]).all_rows(32).commit().outcome().acked
             side.send(decode.reserve([1], extents(0, 16)), [1]).all_rows(16)  # still open when both close
