@@ -25,7 +25,7 @@ _COMMON = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-_CHANNEL = [
+CHANNEL_OPTIONS = [
     *_COMMON,
     ("grpc.max_receive_message_length", INTERNAL_RECEIVE_BYTES),
     ("grpc.use_local_subchannel_pool", 1),
@@ -52,12 +52,7 @@ def create_server(*, max_receive_bytes: int = INTERNAL_RECEIVE_BYTES) -> grpc.ai
 
 def channel(address: str) -> grpc.aio.Channel:
     """A connection of its own to `address`: it reconnects by itself, retries no call, ignores HTTP proxies."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL)
-
-
-def blocking_channel(address: str) -> grpc.Channel:
-    """As `channel`, for threads."""
-    return grpc.insecure_channel(address, options=_CHANNEL)
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 def bind_grpc(server: grpc.aio.Server, host: str, port: int) -> int:

@@ -181,13 +181,11 @@ class OwnershipStore(Protocol):
 OpenStore = Callable[[str], OwnershipStore]  # by URL; it connects at its first command
 
 
-async def _answers(store: OwnershipStore, give_up_at: float) -> bool:
-    """A try, and a moment's rest if it failed. Raises StoreUnavailable when it is too late for another."""
+async def _answers(store: OwnershipStore) -> bool:
+    """Rests a moment when it does not."""
     try:
         await store.ping()
     except StoreUnavailable:
-        if asyncio.get_running_loop().time() >= give_up_at:
-            raise
         await asyncio.sleep(START_POLL_S)
         return False
     return True
@@ -199,14 +197,10 @@ async def connected(open_store: OpenStore, config: ServiceConfig) -> AsyncIterat
     store = open_store(config.redis_url)
     give_up_at = asyncio.get_running_loop().time() + START_WAIT_S
     try:
-        try:
-            while not await _answers(store, give_up_at):
-                pass
-        except StoreUnavailable as error:
-            problem = f"Redis at {config.redis_shown} does not answer"
-            raise CannotStart(
-                "redis_url", problem, "start Redis there, or set --redis-url or ISTHMUS_REDIS_URL"
-            ) from error
+        while not await _answers(store):
+            if asyncio.get_running_loop().time() >= give_up_at:
+                problem = f"Redis at {config.redis_shown} does not answer"
+                raise CannotStart("redis_url", problem, "start Redis there, or set --redis-url or ISTHMUS_REDIS_URL")
         yield store
     finally:
         await store.close()

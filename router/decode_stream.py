@@ -4,8 +4,9 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from google.protobuf.message import Message
+
 from isthmus.errors import AttachedElsewhere, IsthmusError, WorkersUnavailable
-from isthmus.log import get_logger
 from isthmus.rpc_errors import typed_error
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2
@@ -14,19 +15,7 @@ from router.inbox import Event, Failed, Source
 if TYPE_CHECKING:
     from router.session import Session
 
-SETTLE_TIMEOUT_S = 1.0
-Said = (
-    decode_pb2.Reserved
-    | decode_pb2.Attached
-    | decode_pb2.Rearmed
-    | decode_pb2.Refused
-    | decode_pb2.StreamEnded
-    | decode_pb2.TransferFailed
-    | decode_pb2.Detached
-    | decode_pb2.Moved
-)
 Answer = TypeVar("Answer")
-_log = get_logger("router.session")
 
 
 @dataclass(eq=False, slots=True)
@@ -66,19 +55,11 @@ class DecodeStream:
         """The stream is not this router's to end: it ends by itself, or somebody else takes it up."""
         self.ended.set()
 
-    async def settle(self) -> None:
-        """After `end`: waits, within a bound, for the worker's word that nothing is left: it may be asked again."""
-        try:
-            async with asyncio.timeout(SETTLE_TIMEOUT_S):
-                await self.ended.wait()
-        except TimeoutError:
-            _log.warning("session.unsettled", request_id=self.request_id, counter=self.counter)
-
     def close(self) -> None:
         self.source.close()
         self.session.forget(self)
 
-    def take(self, said: Said) -> None:
+    def take(self, said: Message) -> None:
         """The worker's word on this stream alone."""
         match said:
             case decode_pb2.Reserved() | decode_pb2.Attached():
@@ -93,10 +74,8 @@ class DecodeStream:
             case decode_pb2.Detached():
                 if said.attach.router_incarnation != self.session.peer.router_incarnation:
                     self.finish(Failed(AttachedElsewhere("another call took the stream over")))
-            case decode_pb2.TransferFailed():  # the reservation stays until its fill deadline: it can be rearmed
-                self.source.put(said)
-            case decode_pb2.Moved():
-                if said.acked:
+            case _:  # a failed transfer's reservation stays until its fill deadline: it can be rearmed
+                if isinstance(said, decode_pb2.Moved) and said.acked:
                     self.ended.set()
                 self.source.put(said)
 

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from google.protobuf.message import Message
+
 from isthmus.errors import IsthmusError
-from isthmus.v1 import decode_pb2, prefill_pb2
+from isthmus.v1 import decode_pb2
 
 MAX_BUFFERED_TOKENS = 4096
 
@@ -20,18 +22,7 @@ class Failed:
 
 
 # The workers' own messages, passed on as they came.
-Event = (
-    prefill_pb2.Queued
-    | prefill_pb2.Progress
-    | prefill_pb2.FirstToken
-    | prefill_pb2.Done
-    | decode_pb2.StreamTokens
-    | decode_pb2.StreamEnded
-    | decode_pb2.TransferFailed
-    | decode_pb2.Moved
-    | decode_pb2.Leaving
-    | Failed
-)
+Event = Message | Failed
 
 
 class Arrival(NamedTuple):

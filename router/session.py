@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from isthmus.clock import Clock
 from isthmus.convert import finish_reason_to_proto
@@ -14,7 +15,7 @@ from isthmus.errors import AttachedElsewhere, WorkerLost, WorkersUnavailable
 from isthmus.log import get_logger
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, decode_pb2_grpc
-from router.decode_stream import DecodeStream, Said
+from router.decode_stream import DecodeStream
 from router.inbox import Failed, Source
 from router.policy import NO_NEW_WORK_S
 
@@ -288,7 +289,7 @@ class Session:
             case other:
                 _log.warning("session.unexpected", worker=self.peer.decode_name, message=other)
 
-    def _tell(self, request_id: str, said: Said) -> None:
+    def _tell(self, request_id: str, said: Message) -> None:
         """What is said of an earlier reservation of the request is passed over."""
         stream = self._streams.get(request_id)
         if stream is not None and getattr(said, "counter", stream.counter) == stream.counter:

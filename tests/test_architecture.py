@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("isthmus", "router", "prefill_service", "decode_service", "kv_transfer", "kernels")
 BUDGETED = (*(package for package in PACKAGES if package != "kernels"), "tools", "benchmarks")
-OUTER = ("isthmus/cli/", "isthmus/client", "isthmus/http/", "isthmus/testing/")  # counted apart from the serving path
+OUTER = ("isthmus/cli/", "isthmus/client/", "isthmus/http/", "isthmus/testing/")  # counted apart from the serving path
+FAULTS = ("isthmus/failpoints.py", "kv_transfer/harm.py")  # they serve tests, and are counted with isthmus/testing
 SERVING_LINES, OUTER_LINES = 10_000, 8_000
 FILE_LINES, FILE_LINES_HARD = 300, 400
 FUNCTION_LINES, FUNCTION_LINES_HARD, KERNEL_LINES = 40, 60, 120
@@ -88,7 +89,7 @@ def code_lines(path: Path) -> int:
 def test_line_budgets() -> None:
     """Lines of code, as cloc counts them: blank lines, comments and docstrings are free, nobody should save on them."""
     lines = {name_of(path): code_lines(path) for path in sources(*PACKAGES)}
-    outer = sum(count for name, count in lines.items() if name.startswith(OUTER))
+    outer = sum(count for name, count in lines.items() if name.startswith(OUTER + FAULTS))
     assert sum(lines.values()) - outer <= SERVING_LINES
     assert outer <= OUTER_LINES
 

@@ -24,7 +24,7 @@ from isthmus.client.generation import Chunk, Generation
 from isthmus.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, Message, chat_of, request_of
 from isthmus.clock import Clock, SystemClock
 from isthmus.errors import WorkerLost
-from isthmus.rpc import blocking_channel
+from isthmus.rpc import CHANNEL_OPTIONS
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -41,7 +41,10 @@ class Client:
         self._routers = Routers(routers, clock)
         self._router_timeout_s = router_timeout_s
         self._clock = clock
-        self._channels = {router.address: blocking_channel(router.address) for router in self._routers.all}
+        self._channels = {
+            router.address: grpc.insecure_channel(router.address, options=CHANNEL_OPTIONS)
+            for router in self._routers.all
+        }
         self._stubs: dict[str, Any] = {
             address: inference_pb2_grpc.InferenceServiceStub(opened) for address, opened in self._channels.items()
         }

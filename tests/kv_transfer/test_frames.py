@@ -68,7 +68,7 @@ def test_random_bytes_are_refused_or_decoded_never_worse(raw: bytes) -> None:
 @given(st.binary(min_size=HEADER_BYTES - 6, max_size=HEADER_BYTES - 6))
 def test_random_fields_behind_a_right_start_are_refused_or_decoded(rest: bytes) -> None:
     with suppress(BadFrame):
-        assert FrameHeader.decode(b"ISKV\x01\x00" + rest).body_bytes <= MAX_BODY_BYTES
+        assert FrameHeader.decode(b"ISKV\x02\x00" + rest).body_bytes <= MAX_BODY_BYTES
 
 
 def test_each_wrong_field_has_its_name() -> None:
@@ -90,7 +90,7 @@ def test_each_wrong_field_has_its_name() -> None:
 def test_the_header_is_where_the_wire_says() -> None:
     header = FrameHeader(FrameKind.COMMIT, b"f" * 16, b"s" * 16, b"r" * 16, b"t" * 16, 5, 6, 7, 8, 9, 0)
     expected = (
-        struct.pack("<4sHHHHIIII", b"ISKV", 1, 2, 6, 7, 5, 8, 9, 0) + b"f" * 16 + b"s" * 16 + b"r" * 16 + b"t" * 16
+        struct.pack("<4sHHHHIIII", b"ISKV", 2, 2, 6, 7, 5, 8, 9, 0) + b"f" * 16 + b"s" * 16 + b"r" * 16 + b"t" * 16
     )
     assert header.encode() == expected + bytes(16)
 
