@@ -22,6 +22,7 @@ class Attendance:
     def __init__(self, context: Context, received_at: float, timeout_s: float, wrap: Wrap = lambda response: response):
         self._context = context
         self._wrap = wrap
+        self._task: asyncio.Future[None] | None = None
         self._is_writing = False
         self._is_known = False  # the client has been told the request's id: it can come back for it
         self._has_left = False
@@ -56,7 +57,7 @@ class Attendance:
 
     async def through(self, work: Awaitable[None]) -> None:
         """Runs `work` to its end. When the client leaves first it is cancelled, or lasts for its retention."""
-        task = asyncio.ensure_future(work)
+        task = self._task = asyncio.ensure_future(work)  # kept: it may outlive this call
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:

@@ -30,6 +30,17 @@ async def until_quiet(stack: Stack, timeout_s: float, *, max_ttl_s: float = 0.0)
         raise AssertionError(f"{timeout_s:g} s after the last stream there is left: {held}") from None
 
 
+async def all_met(stack: Stack) -> None:
+    """Every router serves with every worker: from then on a count of tasks can be compared with a later one."""
+    num_workers = len(stack.services("prefill")) + len(stack.services("decode"))
+
+    async def met() -> bool:
+        routers = [seen for name, seen in (await statuses(stack)).items() if name.startswith("router")]
+        return all(sum(worker.serving for worker in seen.workers) == num_workers for seen in routers)
+
+    await until(met, 20, "the routers know every worker")
+
+
 async def num_tasks(stack: Stack) -> dict[str, int]:
     """asyncio tasks of every service by name."""
     return {name: seen.num_tasks for name, seen in (await statuses(stack)).items()}

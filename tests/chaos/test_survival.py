@@ -9,7 +9,7 @@ from isthmus.testing.stack import Stack, running_stack, until
 from tests.chaos.evidence import SEED
 from tests.chaos.faults import Chaos, counts
 from tests.chaos.history import Oracle
-from tests.chaos.quiet import num_tasks
+from tests.chaos.quiet import all_met, num_tasks
 from tests.chaos.silence import quantile, recovered
 from tests.chaos.unharmed import unharmed_load
 
@@ -36,6 +36,7 @@ async def as_few_tasks(stack: Stack, before: dict[str, int]) -> bool:
 
 async def test_no_stream_is_lost_repeated_wrong_or_hung_whatever_dies(expected: dict[str, Oracle]) -> None:
     with running_stack("--routers", "2", "--prefill", "2", "--decode", "2") as stack:
+        await all_met(stack)
         before = await num_tasks(stack)
         async with unharmed_load(stack, expected, num_users=NUM_STREAMS) as run:
             await Chaos(stack, random.Random(SEED), run.faults).run(SECONDS)
