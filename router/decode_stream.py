@@ -1,7 +1,7 @@
 """One request's stream on a decode worker, as this router holds it."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.message import Message
@@ -31,7 +31,7 @@ class DecodeStream:
     next_index: int = 0  # of the tokens heard
     is_claimed: bool = False  # decode has spoken: it has every block it needs
     is_cancelled: bool = False
-    ended: asyncio.Event = field(default_factory=asyncio.Event)  # nothing of it is left on the worker
+    is_ended: bool = False  # nothing of it is left on the worker, or it is not this router's to end
 
     @property
     def reserved(self) -> decode_pb2.Reserved:
@@ -47,13 +47,13 @@ class DecodeStream:
 
     def end(self, finish_reason: FinishReason) -> None:
         """Tells the worker to free everything, once, unless it has done so. Never waits."""
-        if not self.ended.is_set() and not self.is_cancelled:
+        if not self.is_ended and not self.is_cancelled:
             self.is_cancelled = True
             self.session.send_cancel(self, finish_reason)
 
     def let_go(self) -> None:
         """The stream is not this router's to end: it ends by itself, or somebody else takes it up."""
-        self.ended.set()
+        self.is_ended = True
 
     def close(self) -> None:
         self.source.close()
@@ -76,7 +76,7 @@ class DecodeStream:
                     self.finish(Failed(AttachedElsewhere("another call took the stream over")))
             case _:  # a failed transfer's reservation stays until its fill deadline: it can be rearmed
                 if isinstance(said, decode_pb2.Moved) and said.acked:
-                    self.ended.set()
+                    self.is_ended = True
                 self.source.put(said)
 
     def hear(self, tokens: decode_pb2.StreamTokens) -> None:
@@ -86,7 +86,7 @@ class DecodeStream:
 
     def finish(self, event: Event) -> None:
         """The worker holds nothing of it any more: as the answer when it was still asked, else as an event."""
-        self.ended.set()
+        self.is_ended = True
         self.is_claimed = False
         if self.rearmed is not None and not self.rearmed.done():
             self.rearmed.set_exception(_error_of(event))

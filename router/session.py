@@ -166,7 +166,7 @@ class Session:
         if not self._given_up.done():
             self._given_up.set_result(None)
         was_alive, self.hello = self.is_alive, None
-        lost = [stream for stream in self._streams.values() if not stream.ended.is_set()]
+        lost = [stream for stream in self._streams.values() if not stream.is_ended]
         for stream in lost:
             stream.finish(Failed(WorkerLost(why), in_company=len(lost) > 1))
         if was_alive:
@@ -220,7 +220,7 @@ class Session:
         return call
 
     def _kept(self) -> list[DecodeStream]:
-        return [s for s in self._streams.values() if not (s.ended.is_set() or s.is_cancelled)]
+        return [s for s in self._streams.values() if not (s.is_ended or s.is_cancelled)]
 
     def _lose_connection(self, problem: str) -> bool:
         """After a conversation broke off by itself, True: its streams wait for the connection to be made again."""

@@ -38,20 +38,20 @@ class Worker:
 
 
 @contextlib.contextmanager
-def added_worker(stack: Stack, role: str, name: str) -> Iterator[Worker]:
+def added_worker(stack: Stack, role: str, name: str, *more_flags: str, host: str = HOST) -> Iterator[Worker]:
     """`python -m prefill_service|decode_service` with the stack's Redis; its log lies beside the others'."""
     ports = Ports()
     try:
         grpc_port = ports.take()
-        flags = ["--name", name, "--host", HOST, "--grpc-port", str(grpc_port), "--redis-url", stack.redis_url]
-        command = launched((sys.executable, "-m", _MODULES[role], *flags))
+        flags = ["--name", name, "--host", host, "--grpc-port", str(grpc_port), "--redis-url", stack.redis_url]
+        command = launched((sys.executable, "-m", _MODULES[role], *flags, *more_flags))
         with (stack.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=checkout_root(), env=worker_environment()
             )
         with process:
             try:
-                yield Worker(name, role, f"{HOST}:{grpc_port}", process)
+                yield Worker(name, role, f"{host}:{grpc_port}", process)
             finally:
                 process.kill()
     finally:

@@ -45,4 +45,5 @@ async def test_no_stream_is_lost_repeated_wrong_or_hung_whatever_dies(expected: 
     assert len(run.faults) >= FAULTS_PER_S * SECONDS
     for kinds, part, bound_s in BOUNDS:
         waits = recovered(run.silences, *kinds)
+        assert waits or SECONDS < 180, f"no stream had to be recovered from {kinds}: the bound says nothing"
         assert quantile(waits, part) <= SLOWNESS * bound_s, (kinds, part, sorted(waits))

@@ -1,4 +1,4 @@
-"""Routers that play what a test says: real servers on real ports, and a relay that freezes or cuts the connection."""
+"""Routers that play what a test says: real servers on real ports."""
 
 import asyncio
 import contextlib
@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from isthmus.rpc import bind_grpc, create_server
+from isthmus.testing.relay import Relay, relayed_port
 from isthmus.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
 LENGTH = 12
@@ -179,52 +180,11 @@ async def serving(servicer: inference_pb2_grpc.InferenceServiceServicer, port: i
         await server.stop(0)
 
 
-class Relay:
-    """Bytes both ways between a client and a port, until it freezes (passes nothing on) or cuts (resets)."""
-
-    def __init__(self, port: int):
-        self._port = port
-        self._tasks: list[asyncio.Task[None]] = []
-        self._writers: list[asyncio.StreamWriter] = []
-        self._flows = asyncio.Event()
-        self._flows.set()
-
-    def freeze(self) -> None:
-        self._flows.clear()
-
-    def cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        self._writers += [writer, far_writer]
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            self._tasks.append(asyncio.create_task(self._pass(source, sink)))
-
-    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError), contextlib.closing(sink):
-            while data := await source.read(65536):
-                await self._flows.wait()
-                sink.write(data)
-
-    async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
 @contextlib.asynccontextmanager
 async def relayed(servicer: Router) -> AsyncGenerator[tuple[Relay, str]]:
     """A relay before a router, and the relay's address."""
-    async with serving(servicer) as port:
-        relay = Relay(port)
-        listener = await asyncio.start_server(relay.accept, "127.0.0.1", 0)
-        try:
-            yield relay, f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-        finally:
-            listener.close()
-            await relay.close()
+    async with serving(servicer) as port, relayed_port(port) as relay:
+        yield relay
 
 
 @contextlib.asynccontextmanager

@@ -32,6 +32,13 @@ def test_cache_memory_is_the_blocks_themselves():
     assert torch.frombuffer(memory[offset : offset + 4], dtype=torch.float32).item() == 1.5
 
 
+def test_a_cache_too_small_for_one_request_is_named():
+    config = load(DecodeConfig, ["--cache-bytes", "64KiB"], {})
+    with pytest.raises(CannotStart) as refused:
+        open_engine(config, lambda _: None)
+    assert refused.value.setting == "cache_bytes"
+
+
 def test_cache_bytes_bound_the_blocks():
     config = load(DecodeConfig, ["--cache-bytes", "1MiB", "--context-length", "256"], {})
     engine = open_engine(config, lambda _: None)

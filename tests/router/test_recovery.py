@@ -65,6 +65,16 @@ async def read_tokens(call: Any, num_tokens: int) -> tuple[str, bytes]:
     return request_id, tokens
 
 
+async def begin(
+    router: RunningRouter, request: inference_pb2.GenerateRequest, num_tokens: int, *, interval_s: float
+) -> tuple[Any, str, bytes]:
+    """A call that has its first tokens, its request id and these; decode workers take `interval_s` for a token."""
+    for fake in router.cluster.decode:
+        fake.token_interval_s = interval_s
+    call = router.call(request)
+    return call, *await read_tokens(call, num_tokens)
+
+
 async def rest_of(call: Any) -> tuple[bytes, inference_pb2.Finished]:
     responses = [response async for response in rest(call)]
     return bytes(token.id for r in responses for token in r.tokens.tokens), responses[-1].finished
@@ -81,10 +91,7 @@ async def resumed(call: Any) -> tuple[bytes, inference_pb2.Finished]:
 
 
 async def test_a_lost_decode_worker_is_replaced_at_the_next_token(router: RunningRouter) -> None:
-    for fake in router.cluster.decode:
-        fake.token_interval_s = 0.01
-    call = router.call(ask(max_tokens=60))
-    _, tokens = await read_tokens(call, 5)
+    call, _, tokens = await begin(router, ask(max_tokens=60), 5, interval_s=0.01)
     lost = serving(router.cluster)
     await router.cluster.kill(lost)
 
@@ -131,10 +138,7 @@ async def test_a_request_that_kills_two_decode_workers_ends(router: RunningRoute
 
 
 async def test_a_leaving_decode_worker_hands_its_stream_to_another(router: RunningRouter) -> None:
-    for fake in router.cluster.decode:
-        fake.token_interval_s = 0.01
-    call = router.call(ask(max_tokens=60))
-    _, tokens = await read_tokens(call, 5)
+    call, _, tokens = await begin(router, ask(max_tokens=60), 5, interval_s=0.01)
     first = serving(router.cluster)
 
     first.leave()
@@ -149,10 +153,7 @@ async def test_a_leaving_decode_worker_hands_its_stream_to_another(router: Runni
 
 
 async def test_a_reservation_that_is_answered_too_late_is_not_taken_for_the_next(router: RunningRouter) -> None:
-    for fake in router.cluster.decode:
-        fake.token_interval_s = 0.03
-    call = router.call(ask(max_tokens=60))
-    _, tokens = await read_tokens(call, 5)
+    call, _, tokens = await begin(router, ask(max_tokens=60), 5, interval_s=0.03)
     first = serving(router.cluster)
     (other,) = (fake for fake in router.cluster.decode if fake is not first)
     other.answer_delays_s = iter([0.35, 0.2])
@@ -184,10 +185,7 @@ async def test_a_stream_does_not_leave_because_another_worker_does(router: Runni
 
 
 async def test_a_stream_resumed_at_a_worker_that_leaves_moves(router: RunningRouter) -> None:
-    for fake in router.cluster.decode:
-        fake.token_interval_s = 0.03
-    call = router.call(retained(max_tokens=60))
-    request_id, _ = await read_tokens(call, 3)
+    call, request_id, _ = await begin(router, retained(max_tokens=60), 3, interval_s=0.03)
     first = serving(router.cluster)
     (other,) = (fake for fake in router.cluster.decode if fake is not first)
     other.refuse = no_room
@@ -216,10 +214,7 @@ async def test_a_stream_attached_before_it_was_filled_is_placed_anew(router: Run
 
 
 async def test_nowhere_to_go_the_stream_stays(router: RunningRouter) -> None:
-    for fake in router.cluster.decode:
-        fake.token_interval_s = 0.01
-    call = router.call(ask(max_tokens=60))
-    _, tokens = await read_tokens(call, 5)
+    call, _, tokens = await begin(router, ask(max_tokens=60), 5, interval_s=0.01)
     first = serving(router.cluster)
     (other,) = (fake for fake in router.cluster.decode if fake is not first)
     other.refuse = lambda reserve: IsthmusError("no")
@@ -230,10 +225,7 @@ async def test_nowhere_to_go_the_stream_stays(router: RunningRouter) -> None:
 
 
 async def test_resumed_at_any_router_from_any_index(router: RunningRouter, cluster: Cluster) -> None:
-    for fake in cluster.decode:
-        fake.token_interval_s = 0.02
-    call = router.call(retained(max_tokens=60))
-    request_id, _ = await read_tokens(call, 5)
+    call, request_id, _ = await begin(router, retained(max_tokens=60), 5, interval_s=0.02)
 
     async with running_router(cluster) as other:
         tokens_there, finished = await resumed(resume(other, request_id, 3))
@@ -245,10 +237,7 @@ async def test_resumed_at_any_router_from_any_index(router: RunningRouter, clust
 
 
 async def test_resumed_at_the_router_that_has_it(router: RunningRouter) -> None:
-    for fake in router.cluster.decode:
-        fake.token_interval_s = 0.02
-    call = router.call(retained(max_tokens=60))
-    request_id, _ = await read_tokens(call, 5)
+    call, request_id, _ = await begin(router, retained(max_tokens=60), 5, interval_s=0.02)
 
     tokens_again, _ = await resumed(resume(router, request_id, 0))
 
@@ -258,10 +247,7 @@ async def test_resumed_at_the_router_that_has_it(router: RunningRouter) -> None:
 
 
 async def test_a_kept_stream_outlives_its_client_and_its_decode_worker(router: RunningRouter) -> None:
-    for fake in router.cluster.decode:
-        fake.token_interval_s = 0.03
-    call = router.call(retained(max_tokens=60))
-    request_id, _ = await read_tokens(call, 5)
+    call, request_id, _ = await begin(router, retained(max_tokens=60), 5, interval_s=0.03)
     call.cancel()
     lost = serving(router.cluster)
     await router.cluster.kill(lost)
@@ -274,10 +260,7 @@ async def test_a_kept_stream_outlives_its_client_and_its_decode_worker(router: R
 
 
 async def test_a_stream_that_is_not_kept_ends_with_its_client(router: RunningRouter) -> None:
-    for fake in router.cluster.decode:
-        fake.token_interval_s = 0.02
-    call = router.call(ask(max_tokens=60))
-    request_id, _ = await read_tokens(call, 3)
+    call, request_id, _ = await begin(router, ask(max_tokens=60), 3, interval_s=0.02)
     call.cancel()
     await router.is_quiet()
 
@@ -287,10 +270,7 @@ async def test_a_stream_that_is_not_kept_ends_with_its_client(router: RunningRou
 
 
 async def test_cancel_reaches_a_stream_of_another_router(router: RunningRouter, cluster: Cluster) -> None:
-    for fake in cluster.decode:
-        fake.token_interval_s = 0.02
-    call = router.call(retained(max_tokens=60))
-    request_id, _ = await read_tokens(call, 3)
+    call, request_id, _ = await begin(router, retained(max_tokens=60), 3, interval_s=0.02)
 
     async with running_router(cluster) as other:
         answer = await other.stub.Cancel(inference_pb2.CancelRequest(request_id=request_id))

@@ -13,6 +13,7 @@ import pytest
 from isthmus.errors import WorkerLost
 from isthmus.rpc import bind_grpc, channel, create_server
 from isthmus.rpc_errors import error_from_rpc
+from isthmus.testing.relay import Relay, relayed_port
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 
 LOST_WITHIN_S = 4.0
@@ -32,48 +33,16 @@ class Ticking(inference_pb2_grpc.InferenceServiceServicer):
             self.left.set()
 
 
-class Relay:
-    """Bytes both ways between a client and a port, until it is frozen: then it reads and passes on nothing."""
-
-    def __init__(self, port: int):
-        self._port = port
-        self._tasks: list[asyncio.Task[None]] = []
-        self._flows = asyncio.Event()
-        self._flows.set()
-
-    def freeze(self) -> None:
-        self._flows.clear()
-
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            self._tasks.append(asyncio.create_task(self._pass(source, sink)))
-
-    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError), contextlib.closing(sink):
-            while data := await source.read(65536):
-                await self._flows.wait()
-                sink.write(data)
-
-    async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
 @contextlib.asynccontextmanager
 async def relayed(servicer: Ticking) -> AsyncGenerator[tuple[Relay, grpc.aio.Channel]]:
     server = create_server()
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
-    relay = Relay(bind_grpc(server, "127.0.0.1", 0))
+    port = bind_grpc(server, "127.0.0.1", 0)
     await server.start()
-    listener = await asyncio.start_server(relay.accept, "127.0.0.1", 0)
     try:
-        async with channel(f"127.0.0.1:{listener.sockets[0].getsockname()[1]}") as opened:
+        async with relayed_port(port) as (relay, address), channel(address) as opened:
             yield relay, opened
     finally:
-        listener.close()
-        await relay.close()
         await server.stop(0)
 
 
