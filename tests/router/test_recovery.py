@@ -185,7 +185,7 @@ async def test_a_stream_does_not_leave_because_another_worker_does(router: Runni
 
 
 async def test_a_stream_resumed_at_a_worker_that_leaves_moves(router: RunningRouter) -> None:
-    call, request_id, _ = await begin(router, retained(max_tokens=60), 3, interval_s=0.03)
+    _call, request_id, _ = await begin(router, retained(max_tokens=60), 3, interval_s=0.03)
     first = serving(router.cluster)
     (other,) = (fake for fake in router.cluster.decode if fake is not first)
     other.refuse = no_room
