@@ -1,11 +1,12 @@
-"""The static gate: compiles every entry of the kernel table for its architecture, without a GPU, and looks at the result.
+"""The static gate: compiles every entry of the kernel table for its architecture, without a GPU, and looks at it.
 
     python -m tools.kernel_table                    print registers, shared memory, spills, instructions; check them
     python -m tools.kernel_table --update           write what was seen as each entry's `expect`
     python -m tools.kernel_table --only mla_decode --architecture sm_90
 
 An entry fails when it does not compile, does not fit the architecture's shared memory, spills more than its `max_spill`
-(0 unless stated), lacks the tensor core instruction it names in `mma`, or differs from its `expect` under the same Triton.
+(0 unless stated), lacks the tensor core instruction it names in `mma`, or differs from its `expect` under the Triton
+that made it.
 """
 
 import argparse
@@ -86,9 +87,10 @@ def main() -> int:
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--only", default="", help="kernels whose name begins with this")
     parser.add_argument("--architecture", choices=ARCHITECTURES)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the tables [kernels/tuned]")
     args = parser.parse_args()
     known, verdicts = sources(), []
-    for path in sorted(FOLDER.glob("*.json")):
+    for path in sorted(args.folder.glob("*.json")):
         kernels_of_file = json.loads(path.read_text(encoding="ascii"))
         for kernel, architectures in kernels_of_file.items():
             for architecture, variants in architectures.items():
