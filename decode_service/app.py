@@ -9,23 +9,24 @@ from functools import partial
 from decode_service.attachment import Attachments
 from decode_service.moving import Mover
 from decode_service.ownership_report import REFRESH_S, OwnershipReport
+from decode_service.scheduler import REPLAY_ROWS
 from decode_service.server import DecodeServer
 from decode_service.stream import Emission
 from decode_service.streams import Streams
 from decode_service.worker import StepLoop
 from isthmus.admin import ServiceHooks
 from isthmus.config import DecodeConfig
-from isthmus.engine.engine import Engine
+from isthmus.engine.engine import Engine, StepLimits
 from isthmus.serving import Face, Stop, serve_until_signal
 from isthmus.v1 import admin_pb2, decode_pb2_grpc
 from isthmus.worker_context import WorkerContext
-from isthmus.worker_engine import engine_status, open_engine, transfer_memory
+from isthmus.worker_engine import device_memory, engine_status, open_engine, transfer_memory
 from kv_transfer.counters import Counters
 from kv_transfer.events import ReceiverOptions, TransferEvents
 from kv_transfer.membership import Membership, running
 from kv_transfer.mirror import HandoffMirror
 from kv_transfer.ownership import OpenStore, connected
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import PoolMemory, RowMemory
 from kv_transfer.receiver import Receiver
 from kv_transfer.selftest import round_trip
 from kv_transfer.sender import Sender
@@ -59,8 +60,10 @@ class DecodeWorker:
         """Opens everything in the order of need; the stack closes it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
             store = await stack.enter_async_context(connected(self._open_store, self._config))
-            engine = self._engine = await asyncio.to_thread(open_engine, self._config, self._context.health.starting)
-            memory = PoolMemory(engine.layout, transfer_memory(engine))
+            limits = StepLimits(decode_rows=self._config.max_batch + REPLAY_ROWS)
+            tell = self._context.health.starting
+            engine = self._engine = await asyncio.to_thread(open_engine, self._config, tell, limits)
+            memory = device_memory(engine) or PoolMemory(engine.layout, transfer_memory(engine))
             mirror = await stack.enter_async_context(running(HandoffMirror(store)))
             report = OwnershipReport(mirror, self._identity.incarnation)
             post = _Post(stop)
@@ -82,7 +85,7 @@ class DecodeWorker:
             await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))
             yield
 
-    def _open_receiver(self, memory: PoolMemory, report: OwnershipReport, post: "_Post") -> Receiver:
+    def _open_receiver(self, memory: RowMemory, report: OwnershipReport, post: "_Post") -> Receiver:
         events = TransferEvents(
             on_ready=lambda claim: post(lambda: self._streams and self._streams.claimed(claim)),
             on_failed=lambda failure: post(lambda: self._streams and self._streams.failed(failure)),
@@ -105,7 +108,7 @@ class DecodeWorker:
         step_loop.start()
         return streams
 
-    def _open_sender(self, memory: PoolMemory) -> Sender:
+    def _open_sender(self, memory: RowMemory) -> Sender:
         sender = Sender(self._identity.incarnation, memory, self._context.ledger)
         self._counters.append(sender.counters)
         return sender

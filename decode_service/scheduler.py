@@ -1,13 +1,14 @@
 """Continuous batching, pure: a new stream joins at the next step, an ended one leaves at once."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
-from decode_service.stream import Stream
+from decode_service.stream import Row, Stream, UnderWay
 
 REPLAY_ROWS = 64  # a step computes at most so many rows beyond one for each stream: running streams keep their pace
 
-Turn = tuple[Stream, list[Sequence[int]]]  # a stream, and the prefixes whose next tokens a step computes
+Turn = tuple[Stream, list[Row]]  # a stream, and what a step computes of it
+NOTHING: Mapping[Stream, UnderWay] = {}
 
 
 class Scheduler:
@@ -31,8 +32,11 @@ class Scheduler:
             return True
         return False
 
-    def batch(self) -> list[Turn]:
-        """The next step, after the waiting streams took the free places; the first to replay replays the most."""
+    def batch(self, under_way: Mapping[Stream, UnderWay] = NOTHING) -> list[Turn]:
+        """The step after the one that is under way, if one is, once the waiting streams took the free places.
+
+        The first to replay replays the most.
+        """
         while self._waiting and len(self._running) < self._max_batch:
             stream = self._waiting.popleft()
             self._running[stream.request_id] = stream
@@ -40,9 +44,9 @@ class Scheduler:
         turns: list[Turn] = []
         num_left = REPLAY_ROWS
         for stream in self._running.values():
-            prefixes = stream.prefixes(num_left)
-            num_left -= len(prefixes) - 1
-            turns.append((stream, prefixes))
+            rows = stream.rows(num_left, under_way.get(stream))
+            num_left -= len(rows) - 1
+            turns.append((stream, rows))
         return turns
 
     def expired(self, now: float) -> list[Stream]:

@@ -12,11 +12,13 @@ A stream that ended is forgotten at once, or kept without blocks for those who m
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from google.protobuf.message import Message
 
 from isthmus.engine.block_pool import BlockPool
+from isthmus.engine.decoding import FromPrevious, StepRow
+from isthmus.engine.sampler import SamplingInput
 from isthmus.errors import DataLoss
 from isthmus.ledger import Ledger
 from isthmus.stopping import finish_reason
@@ -56,6 +58,16 @@ class Ended:
     finish_reason: FinishReason
     reason: str = ""
     detail: str = ""
+
+
+Row = tuple[StepRow, SamplingInput]
+
+
+class UnderWay(NamedTuple):
+    """What a pending step computes for a stream: so many tokens, the last of them from this row."""
+
+    num_tokens: int
+    last: FromPrevious
 
 
 @dataclass(eq=False, slots=True)
@@ -109,13 +121,19 @@ class Stream:
         ids = self.request_id, self.transfer_id
         ledger.record(event, request_id=ids[0], transfer_id=ids[1], attempt=self.attempt, cause=cause, **fields)
 
-    def prefixes(self, max_replayed: int) -> list[Sequence[int]]:
-        """Whose next tokens the next step computes: all tokens so far, and up to `max_replayed` more emitted ones."""
-        num_done, emitted = len(self.token_ids), self.request.emitted_token_ids
-        if num_done >= len(emitted):
-            return [self.token_ids]
+    def rows(self, max_replayed: int, under_way: UnderWay | None = None) -> list[Row]:
+        """What the next step computes: the token after all so far, and after up to `max_replayed` more emitted ones."""
+        num_done = len(self.token_ids) + (under_way.num_tokens if under_way else 0)
+        emitted = self.request.emitted_token_ids
+        if num_done > len(emitted):
+            return [self._row(under_way.last if under_way else self.token_ids[-1], num_done, self.token_ids)]
         last = min(len(emitted), num_done + max_replayed)
-        return [emitted[:num_tokens] for num_tokens in range(num_done, last + 1)]
+        return [self._row(emitted[n - 1], n, emitted[:n]) for n in range(num_done, last + 1)]
+
+    def _row(self, token: int | FromPrevious, num_tokens: int, known: Sequence[int]) -> Row:
+        """Computes the last of `num_tokens`, and so the next one's logits."""
+        row = StepRow(token, self.num_prompt_tokens + num_tokens - 1, self.block_table)
+        return row, SamplingInput(self.request, known)
 
     def accept(self, token: Token, context_length: int) -> Ended | None:
         """The next token, by the commit or a step; why the stream ends with it, or before it when it cannot be."""
@@ -130,9 +148,8 @@ class Stream:
             return _mismatch(f"the emitted tokens go on to {len(emitted)}, but token {index} ends the request")
         return Ended(reason) if reason else None
 
-    def grow(self, pool: BlockPool, num_rows: int) -> None:
+    def grow(self, pool: BlockPool, num_positions: int) -> None:
         """Makes room for the next rows, out of what the reservation set aside: it cannot fail."""
-        num_positions = self.num_prompt_tokens + len(self.token_ids) - 1 + num_rows
         num_blocks = -(-num_positions // pool.block_size) - len(self.block_table)
         if num_blocks > 0:
             assert num_blocks <= self.num_set_aside, "a reservation covers prompt and max_tokens"

@@ -13,6 +13,9 @@ def finish_reason(request: Request, token_ids: Sequence[int], context_length: in
         last = token_ids[-1]
         if last in sampling.stop_token_ids or (not sampling.ignore_eos and last in request.eos_token_ids):
             return FinishReason.STOP
-    if num_tokens >= sampling.max_tokens or len(request.prompt_token_ids) + num_tokens >= context_length:
-        return FinishReason.LENGTH
-    return None
+    return FinishReason.LENGTH if is_full(request, num_tokens, context_length) else None
+
+
+def is_full(request: Request, num_tokens: int, context_length: int) -> bool:
+    """Whether no token follows so many, whatever they are."""
+    return num_tokens >= request.sampling.max_tokens or len(request.prompt_token_ids) + num_tokens >= context_length

@@ -14,7 +14,7 @@ from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, FrameName
 from kv_transfer.link import InFlight, Link, LinkLost
 from kv_transfer.messages import Abort, Acks
 from kv_transfer.outgoing import OutgoingTransfer
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import RowMemory
 from kv_transfer.sockets import Context
 from kv_transfer.staging import Staging
 from kv_transfer.wake import Waker
@@ -36,7 +36,7 @@ class SenderOptions:
 class Courier:
     """Used by one thread, woken by any. Calls every transfer's on_done exactly once, at the latest in `close`."""
 
-    def __init__(self, incarnation: bytes, memory: PoolMemory, ledger: Ledger, options: SenderOptions):
+    def __init__(self, incarnation: bytes, memory: RowMemory, ledger: Ledger, options: SenderOptions):
         self._incarnation = incarnation
         self._memory = memory
         self._ledger = ledger

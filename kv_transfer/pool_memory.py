@@ -6,6 +6,7 @@ numpy call whatever their order: a call per block would give the GIL away, and w
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,39 @@ from kv_transfer.frames import Buffer
 Bytes = npt.NDArray[np.uint8]
 
 
+class RowMemory(Protocol):
+    """What sender and receiver need of a cache, wherever it lies. One thread reads rows, one writes them."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def check_table(self, block_table: Sequence[int]) -> None:
+        """Raises ValueError for a block id outside the pool."""
+        ...
+
+    def row_bytes(self, plane: int) -> int: ...
+
+    def contiguous(self, place: Place, block_table: Sequence[int], interval: Interval) -> memoryview | None:
+        """The rows where they lie, if they can be sent from there."""
+        ...
+
+    def read_rows(self, place: Place, block_table: Sequence[int], interval: Interval, into: Buffer) -> None:
+        """Positions [first, end) of (plane, layer) into the start of `into`; they are there when it returns."""
+        ...
+
+    def write_rows(self, place: Place, block_table: Sequence[int], interval: Interval, body: Buffer) -> None:
+        """The start of `body` into positions [first, end) of (plane, layer); they are there when it returns."""
+        ...
+
+
 class PoolMemory:
-    """Views of the pool; allocates nothing. Any thread may copy; who may write which block is the caller's affair."""
+    """Views of a pool in this process's memory; allocates nothing.
+
+    Any thread may copy; who may write which block is the caller's affair.
+    """
 
     def __init__(self, layout: KvLayout, memory: Mapping[Place, memoryview]):
         """Raises ValueError if a plane's layer is missing or does not hold the same number of whole blocks."""

@@ -18,7 +18,7 @@ from kv_transfer.events import DEFAULT_OPTIONS, ClaimedTransfer, FailedTransfer,
 from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, FrameName, Refusal, is_intact
 from kv_transfer.handoff import HandoffState
 from kv_transfer.messages import Abort, Commit, decode_credit
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import RowMemory
 from kv_transfer.replies import Replies
 from kv_transfer.sockets import bind_router
 from kv_transfer.transfers import Accept, IncomingTransfer, IncomingTransfers, Reservation, StateChange
@@ -34,7 +34,7 @@ class Receiver:
     def __init__(
         self,
         incarnation: str,
-        memory: PoolMemory,
+        memory: RowMemory,
         ledger: Ledger,
         events: TransferEvents,
         options: ReceiverOptions = DEFAULT_OPTIONS,

@@ -12,7 +12,7 @@ from isthmus.ledger import Ledger
 from isthmus.types import TransferTarget
 from kv_transfer.courier import Courier, SenderOptions
 from kv_transfer.outgoing import Command, OnDone, OutgoingState, OutgoingTransfer, TransferOutcome
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import RowMemory
 
 _TICK_MS = 100  # resolution of deadlines
 
@@ -20,7 +20,7 @@ _TICK_MS = 100  # resolution of deadlines
 class Sender:
     """Starts its thread in the constructor; `close` fails what is open and ends it."""
 
-    def __init__(self, incarnation: str, memory: PoolMemory, ledger: Ledger, *, options: SenderOptions | None = None):
+    def __init__(self, incarnation: str, memory: RowMemory, ledger: Ledger, *, options: SenderOptions | None = None):
         self._memory = memory
         self._ledger = ledger
         options = options or SenderOptions()

@@ -12,7 +12,7 @@ from isthmus.log import get_logger
 from isthmus.serving import Face, Stop, serve_until_signal
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
 from isthmus.worker_context import WorkerContext
-from isthmus.worker_engine import engine_status, open_engine, transfer_memory
+from isthmus.worker_engine import device_memory, engine_status, open_engine, transfer_memory
 from kv_transfer.courier import SenderOptions
 from kv_transfer.membership import Membership
 from kv_transfer.ownership import OpenStore, connected
@@ -20,7 +20,7 @@ from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.selftest import round_trip
 from kv_transfer.sender import Sender
 from prefill_service.server import PrefillServer
-from prefill_service.tile_budget import measure_tile_budget
+from prefill_service.tile_budget import measure_tile_budget, step_limits
 from prefill_service.worker import PrefillLoop
 
 SERVICE = "isthmus.v1.PrefillService"
@@ -52,8 +52,10 @@ class PrefillWorker:
         """Opens everything in the order of need; the stack closes it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
             store = await stack.enter_async_context(connected(self._open_store, self._config))
-            engine = self._engine = await asyncio.to_thread(open_engine, self._config, self._context.health.starting)
-            memory = PoolMemory(engine.layout, transfer_memory(engine))
+            limits = step_limits(self._config.device, self._config.tile_budget)
+            tell = self._context.health.starting
+            engine = self._engine = await asyncio.to_thread(open_engine, self._config, tell, limits)
+            memory = device_memory(engine) or PoolMemory(engine.layout, transfer_memory(engine))
             options = SenderOptions(failpoints=self._context.failpoints)
             sender = self._sender = Sender(self._identity.incarnation, memory, self._context.ledger, options=options)
             stack.callback(sender.close)

@@ -5,11 +5,13 @@ import time
 from contextlib import suppress
 from itertools import pairwise
 
-from isthmus.engine.engine import Engine
+from isthmus.engine.engine import Engine, StepLimits
 from isthmus.engine.runner import TILE, PrefillChunk
 
 MAX_LAYER_MS = 100.0
 MAX_TILES = 4
+GPU_TOKENS = 8192  # a layer of so many takes milliseconds; fewer leave the products short of rows
+_CANARY_ROWS = 32
 _MEASURE_MS = 150.0  # layers are timed for this long, two at least
 _MAX_POSITION = 4096  # what a row costs grows with its position: at later ones a layer may take longer
 
@@ -18,11 +20,19 @@ class _TimedEnough(Exception):
     """The rest of the pass is of no use."""
 
 
+def step_limits(device: str, tile_budget: int | None) -> StepLimits:
+    """What a prefill worker's engine keeps memory for."""
+    prefill_tokens = tile_budget or (GPU_TOKENS if device == "cuda" else MAX_TILES * TILE)
+    return StepLimits(_CANARY_ROWS, prefill_tokens)
+
+
 def measure_tile_budget(engine: Engine) -> int:
-    """Tokens of a step: as many tiles as a layer takes MAX_LAYER_MS for, one at least.
+    """Tokens of a step: as many tiles as a layer takes MAX_LAYER_MS for, one at least. On a GPU: GPU_TOKENS.
 
     Before the engine serves: it computes in free blocks of the pool and leaves no content behind.
     """
+    if engine.device.type == "cuda":  # layers are launched there, not awaited: their times say nothing
+        return engine.limits.prefill_tokens
     num_tiles = MAX_TILES if _layer_ms(engine, TILE) <= MAX_LAYER_MS else 1
     while num_tiles > 1 and (layer_ms := _layer_ms(engine, num_tiles * TILE)) > MAX_LAYER_MS:
         num_tiles = max(1, min(num_tiles - 1, int(num_tiles * MAX_LAYER_MS / layer_ms)))

@@ -3,7 +3,6 @@
 import queue
 import threading
 import time
-from functools import partial
 
 from torch import Tensor
 
@@ -167,7 +166,11 @@ class PrefillLoop:
             PrefillChunk(chunk.token_ids, chunk.start, chunk.sequence.block_table, needs_logits=chunk.ends_prompt)
             for chunk in chunks
         ]
-        on_layer = partial(publish_layer, chunks, self._engine.layout, self._context)
+
+        def on_layer(layer: int) -> None:
+            self._engine.cache.stored.note(layer)
+            publish_layer(chunks, self._engine.layout, self._context, layer)
+
         logits = self._engine.runner.prefill(inputs, on_layer=on_layer)
         end_ns = time.monotonic_ns()
         for chunk in chunks:

@@ -128,6 +128,6 @@ def test_a_step_replays_a_bounded_number_of_rows_the_oldest_stream_first() -> No
     for made in (stream(0), stream(50), stream(1000), stream(1000)):
         scheduler.join(made)
     batch = scheduler.batch()
-    assert [len(prefixes) for _, prefixes in batch] == [1, 50, 1 + REPLAY_ROWS - 49, 1]
-    assert [len(prefix) for prefix in batch[1][1]] == list(range(1, 51))
-    assert batch[0][1][0] is batch[0][0].token_ids
+    assert [len(rows) for _, rows in batch] == [1, 50, 1 + REPLAY_ROWS - 49, 1]
+    assert [len(sampling.token_ids) for _, sampling in batch[1][1]] == list(range(1, 51))
+    assert batch[0][1][0][1].token_ids is batch[0][0].token_ids
