@@ -55,7 +55,7 @@ def sample(logits: Tensor, sequences: Sequence[SamplingInput]) -> list[Token | N
             results.append(NonFiniteLogits(f"token {len(sequence.token_ids)}: the model's logits are not finite"))
         else:
             token_id = best[row] if _is_plain_greedy(sequence) else _choose(rows[row], sequence)
-            results.append(_with_logprobs(token_id, rows[row], sequence.request.sampling.logprobs))
+            results.append(with_logprobs(token_id, rows[row], sequence.request.sampling.logprobs))
     return results
 
 
@@ -77,12 +77,12 @@ def _is_plain_greedy(sequence: SamplingInput) -> bool:
     return (
         sampling.temperature == 0
         and not sampling.logit_bias
-        and not _has_penalty(sampling)
+        and not has_penalty(sampling)
         and len(sequence.token_ids) >= sampling.min_tokens
     )
 
 
-def _has_penalty(sampling: SamplingParams) -> bool:
+def has_penalty(sampling: SamplingParams) -> bool:
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
@@ -106,7 +106,7 @@ def _adjusted(logits_V: _Floats, sequence: SamplingInput) -> _Floats:
     if sampling.logit_bias:
         ids, values = zip(*sampling.logit_bias, strict=True)
         adjusted_V[list(ids)] += np.array(values, dtype=np.float32)
-    if _has_penalty(sampling):
+    if has_penalty(sampling):
         _penalise(adjusted_V, sequence)
     if len(sequence.token_ids) < sampling.min_tokens:
         ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else sequence.request.eos_token_ids)}
@@ -166,7 +166,7 @@ def _share(fraction: float, total: int) -> int:
     return -(-numerator * total // denominator)
 
 
-def _with_logprobs(token_id: int, logits_V: _Floats, top: int | None) -> Token:
+def with_logprobs(token_id: int, logits_V: _Floats, top: int | None) -> Token:
     """Of the raw logits, rounded to fp32; the top ones by descending logit, then id."""
     if top is None:
         return Token(token_id)
