@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test oracle chaos check lint types imports proto containers stubs format clean
+.PHONY: help env demo test oracle chaos gpu-test gpu-bench check lint types imports proto containers stubs format clean
 
 help: ## show the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,6 +49,16 @@ CHAOS_FLUSH_EVERY ?= 10
 chaos: $(READY) ## kills, freezes and restarts under load for 20 minutes; CHAOS_SECONDS=180 is what `make test` does
 	@GRPC_VERBOSITY=ERROR CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_FLUSHING=$(CHAOS_FLUSHING) CHAOS_FLUSH_EVERY=$(CHAOS_FLUSH_EVERY) \
 		$(BIN)/python -m pytest tests/chaos -s $(PYTEST_ARGS)
+
+# An interpreter with a CUDA build of torch, where .venv has none: GPU_PYTHON=python3.
+GPU_PYTHON ?=
+GPU_RESULTS ?= benchmarks/results/$(shell date +%F)
+gpu-test: $(if $(GPU_PYTHON),,$(READY)) ## what needs a GPU: exactness on the device, kernels against their definitions
+	@$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests $(PYTEST_ARGS)
+
+gpu-bench: $(if $(GPU_PYTHON),,$(READY)) ## the four GPU benchmarks, under 8 minutes each, into benchmarks/results
+	@status=0; for name in kernels decode_step prefill gpu_stack; do \
+		$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.$$name --out $(GPU_RESULTS)-$$name.md || status=1; done; exit $$status
 
 check: lint types imports proto containers ## all static checks
 
