@@ -13,6 +13,7 @@ import torch
 from kernels.table import ARCHITECTURES, FOLDER, UnsupportedKernel, lookup, table
 
 ROOT = Path(__file__).resolve().parents[2]
+FOR_FP8_ROWS = {"dequantise_rows"}
 NOT_INTERPRETED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
@@ -45,7 +46,7 @@ def test_every_kernel_has_entries_for_every_architecture_but_fp8_before_hopper()
         missing = {
             variant for variant in architectures["sm_90"] if variant not in architectures.get("sm_80", {})
         }  # what the oldest lacks
-        assert all("fp8" in variant or "fp8" in kernel for variant in missing), (kernel, missing)
+        assert kernel in FOR_FP8_ROWS or all("fp8" in variant or "fp8" in kernel for variant in missing), kernel
         assert set(architectures["sm_100"]) == set(architectures["sm_90"]), kernel
 
 
