@@ -97,10 +97,15 @@ class WorkerConfig(ServiceConfig):
     """What both kinds of worker are told."""
 
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="of weights and cache: fp32 or bf16")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu; cuda is refused until blocks can leave GPU memory")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu or cuda: the first GPU that torch sees")
+    cache_dtype: Literal["auto", "fp8"] = Field("auto", description="of the cache: auto (as dtype), or fp8 on a GPU")
     block_size: BlockSize = Field(16, description="tokens in a cache block: 16, 32 or 64")
     num_blocks: Count | None = Field(None, description="blocks in the cache [as many as cache_bytes holds]")
-    cache_bytes: Size = Field(ByteSize(256 << 20), description="bytes of the cache; KiB, MiB, GiB are understood")
+    cache_bytes: Size | None = Field(
+        None,
+        description="bytes of the cache; KiB, MiB, GiB are understood"
+        " [256 MiB on the CPU; on a GPU what the memory profile leaves]",
+    )
     heartbeat_s: Seconds = Field(0.5, description="seconds between renewals of the lease")
     lease_s: Seconds = Field(3.0, description="seconds the lease in Redis lasts; more than twice heartbeat_s")
     fill_timeout_s: Seconds = Field(10.0, description="seconds for a request's blocks to arrive")

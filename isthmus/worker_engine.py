@@ -5,30 +5,41 @@ from collections.abc import Callable
 from isthmus.checkpoint import Checkpoint
 from isthmus.config import WorkerConfig
 from isthmus.convert import block_counts_to_proto, layout_to_proto
-from isthmus.engine.engine import Engine, kv_layout
-from isthmus.errors import CannotStart
+from isthmus.engine.device_memory import DeviceMemory
+from isthmus.engine.engine import USUAL_LIMITS, Engine, StepLimits, kv_layout, require_room, stored_as
 from isthmus.v1 import admin_pb2
 
+CPU_CACHE_BYTES = 256 << 20
 
-def open_engine(config: WorkerConfig, tell: Callable[[str], None]) -> Engine:
+
+def open_engine(config: WorkerConfig, tell: Callable[[str], None], limits: StepLimits = USUAL_LIMITS) -> Engine:
     """Loads the checkpoint and runs the canary, telling how far it is. Raises CannotStart naming the setting."""
-    if config.device == "cuda":  # the engine runs there; blocks in GPU memory cannot be sent or received yet
-        raise CannotStart("device", "blocks in GPU memory cannot be transferred yet", "set --device cpu")
     checkpoint = Checkpoint.open(config.model, config.context_length)
-    layout = kv_layout(checkpoint.config, "", dtype=config.dtype, block_size=config.block_size)
-    num_blocks = config.num_blocks or config.cache_bytes // layout.block_bytes
-    num_positions = num_blocks * config.block_size
-    if num_positions < checkpoint.config.context_length:
-        problem = f"the cache holds {num_positions} positions, one request may need {checkpoint.config.context_length}"
-        raise CannotStart("cache_bytes", problem, "set --num-blocks or --cache-bytes higher, or --context-length lower")
     return Engine.open(
         checkpoint,
         dtype=config.dtype,
         device=config.device,
+        cache_dtype=config.cache_dtype,
         block_size=config.block_size,
-        num_blocks=num_blocks,
+        num_blocks=_num_blocks(config, checkpoint),
+        limits=limits,
         progress=lambda done, total: tell(f"weights loaded: {done >> 20:,} of {total >> 20:,} MiB"),
     )
+
+
+def _num_blocks(config: WorkerConfig, checkpoint: Checkpoint) -> int | None:
+    """As the settings say; None: as many as the GPU has room for."""
+    cache_bytes = config.cache_bytes
+    if cache_bytes is None and config.device == "cpu":
+        cache_bytes = CPU_CACHE_BYTES
+    num_blocks = config.num_blocks
+    dtype = stored_as(config.dtype, config.cache_dtype, config.device)
+    layout = kv_layout(checkpoint.config, "", dtype=dtype, block_size=config.block_size)
+    if num_blocks is None and cache_bytes is not None:
+        num_blocks = cache_bytes // layout.block_bytes
+    if num_blocks is not None:
+        require_room(num_blocks, layout, checkpoint.config.context_length)
+    return num_blocks
 
 
 def engine_status(model: str, engine: Engine | None) -> admin_pb2.GetStatusResponse:
@@ -46,6 +57,17 @@ def engine_status(model: str, engine: Engine | None) -> admin_pb2.GetStatusRespo
     )
 
 
+def device_memory(engine: Engine) -> DeviceMemory | None:
+    """What the transfer path takes where the cache is on a GPU; None: its bytes are this process's."""
+    if engine.device.type == "cpu":
+        return None
+    if engine.runner.kernels == "torch":
+        return DeviceMemory(engine.cache)
+    from kernels.blocks import gather_rows, scatter_rows
+
+    return DeviceMemory(engine.cache, gather=gather_rows, scatter=scatter_rows)
+
+
 def transfer_memory(engine: Engine) -> dict[tuple[int, int], memoryview]:
-    """Writable bytes of the cache by (plane, layer), as the transfer path takes them."""
+    """Writable bytes of a cache in this process's memory by (plane, layer), as the transfer path takes them."""
     return {place: engine.cache.memory(*place) for place in engine.layout.places}

@@ -64,8 +64,7 @@ def mla_decode(  # noqa: C901, PLR0915
     AHEAD: tl.constexpr,  # bf16 latents too are loaded a tile ahead, in registers
 ):
     heads = tl.arange(0, BLOCK_H)
-    columns = tl.arange(0, C)[:, None]
-    latent = tl.arange(0, C)[None, :]
+    columns, latent = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     rotary, keys = tl.arange(0, R), tl.arange(0, BLOCK_N)
     work = tl.program_id(0)
     num_work = tl.load(counters_ptr) * TILES

@@ -9,6 +9,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from isthmus.checkpoint import BUNDLED
 from isthmus.cli.hub_model import pinned
 from isthmus.cli.stack import StackSpec
+from isthmus.errors import CannotStart
 from isthmus.hub import parse_id
 
 
@@ -33,13 +34,17 @@ def pin_model(parsed: argparse.Namespace) -> None:
 
 
 def stack_spec(parsed: argparse.Namespace) -> StackSpec:
-    """What `isthmus up` was asked for."""
+    """What `isthmus up` was asked for. Raises CannotStart."""
+    if parsed.device == "cuda" and parsed.cache_bytes is None:
+        problem = "all workers of a local stack are on one GPU, and a worker alone would take what it has"
+        raise CannotStart("--cache-bytes", problem, "say how much each may use, as --cache-bytes 8GiB")
     return StackSpec(
         num_prefill=parsed.prefill,
         num_decode=parsed.decode,
         num_routers=parsed.routers,
         model=_model(parsed.model),
         dtype=parsed.dtype,
+        device=parsed.device,
         block_size=parsed.block_size,
         context_length=parsed.context_length,
         cache_bytes=parsed.cache_bytes,
@@ -54,7 +59,7 @@ def stack_spec(parsed: argparse.Namespace) -> StackSpec:
 def stack_flags(parsed: argparse.Namespace) -> list[str]:
     """The flags of `isthmus up` that make the stack `_add_stack` describes."""
     numbers = ["--prefill", str(parsed.prefill), "--decode", str(parsed.decode), "--block-size", str(parsed.block_size)]
-    flags = [*numbers, "--model", _model(parsed.model), "--dtype", parsed.dtype]
+    flags = [*numbers, "--model", _model(parsed.model), "--dtype", parsed.dtype, "--device", parsed.device]
     if parsed.context_length is not None:
         flags += ["--context-length", str(parsed.context_length)]
     if parsed.cache_bytes is not None:
@@ -72,8 +77,9 @@ def _add_stack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", type=_count, default=1, metavar="M", help="decode workers [1]")
     parser.add_argument("--model", default="bundled", metavar="MODEL", help="directory or hub id (org/name) [bundled]")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and cache [fp32]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the workers; cuda: one GPU [cpu]")
     parser.add_argument("--context-length", type=int, metavar="N", help="most tokens of a request [the model's]")
-    parser.add_argument("--cache-bytes", metavar="SIZE", help="of each worker's cache, as 2GiB [256MiB]")
+    parser.add_argument("--cache-bytes", metavar="SIZE", help="of each worker's cache, as 2GiB [256MiB; cuda: say it]")
     parser.add_argument("--block-size", type=int, choices=[16, 32, 64], default=16, help="tokens in a block [16]")
 
 

@@ -22,6 +22,7 @@ class StackSpec:
     num_routers: int = 1
     model: str = "bundled"
     dtype: str = "fp32"
+    device: str = "cpu"
     block_size: int = 16
     context_length: int | None = None
     cache_bytes: str | None = None
@@ -114,7 +115,7 @@ def _service(spec: StackSpec, role: str, name: str, redis_url: str, ports: _Addr
     if spec.context_length is not None:
         flags["--context-length"] = spec.context_length
     if role != "router":
-        flags |= {"--dtype": spec.dtype, "--block-size": spec.block_size}
+        flags |= {"--dtype": spec.dtype, "--device": spec.device, "--block-size": spec.block_size}
     if role != "router" and spec.cache_bytes is not None:
         flags["--cache-bytes"] = spec.cache_bytes
     if ports.zmq is not None:

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from isthmus.engine.block_pool import BlockPool
-from isthmus.engine.runner import LATENT_PLANE, DecodeRow, PrefillChunk, Runner
+from isthmus.engine.runner import LATENT_PLANE, DecodeRow, PrefillChunk, StepRunner
 from isthmus.errors import CannotStart, NoFreeBlocks
 from kernels.ref import TILE
 
@@ -33,7 +33,7 @@ class _Sequence:
     block_table: Sequence[int]
 
 
-def run_canary(runner: Runner, pool: BlockPool) -> Numerics:
+def run_canary(runner: StepRunner, pool: BlockPool) -> Numerics:
     """Computes in scratch blocks of the pool and gives them back. Raises CannotStart if batch 1 and 3 differ."""
     config = runner.model.config
     context = min(_PROMPT_TOKENS + _REPLAYED + _DECODED, config.context_length)
@@ -70,7 +70,7 @@ def _prompt(length: int, vocab_size: int, *, salt: int) -> tuple[int, ...]:
     return tuple((7919 * (index + 1) + 104729 * salt) % vocab_size for index in range(length))
 
 
-def _outcomes(runner: Runner, sequences: Sequence[_Sequence], *, cut: int | None) -> list[bytes]:
+def _outcomes(runner: StepRunner, sequences: Sequence[_Sequence], *, cut: int | None) -> list[bytes]:
     """For each sequence a hash of its logits at every step and of its latents on every layer."""
     states = [hashlib.sha256() for _ in sequences]
 
@@ -106,10 +106,11 @@ def _outcomes(runner: Runner, sequences: Sequence[_Sequence], *, cut: int | None
     return [state.digest() for state in states]
 
 
-def _ingredients(runner: Runner) -> dict[str, str]:
+def _ingredients(runner: StepRunner) -> dict[str, str]:
     device = runner.model.device
     return {
         "torch": torch.__version__,
+        "kernels": runner.kernels,
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,24 +11,46 @@ import torch
 from isthmus.checkpoint import Checkpoint
 from isthmus.engine.block_pool import BlockPool, prefix_hashes
 from isthmus.engine.canary import Numerics, run_canary
+from isthmus.engine.decoding import Decoder
 from isthmus.engine.latent_cache import TORCH_DTYPES, LatentCache
-from isthmus.engine.runner import Runner
+from isthmus.engine.memory_profile import profile_steps
+from isthmus.engine.open_runner import open_decoder, open_runner
+from isthmus.engine.runner import StepRunner
 from isthmus.errors import CannotStart
 from isthmus.kv_layout import KvLayout, Plane, PlaneKind
-from isthmus.model import Progress, load_model
+from isthmus.log import get_logger
+from isthmus.model import Model, Progress, load_model
 from isthmus.model_config import ModelConfig
+from kernels.ref import TILE
+from kernels.ref_latents import fp8_row_bytes
+
+CacheDtype = Literal["auto", "fp8"]
+log = get_logger("engine")
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest steps that will run, and that memory is kept for."""
+
+    decode_rows: int = 128
+    prefill_tokens: int = 4 * TILE
+
+
+USUAL_LIMITS = StepLimits()
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
     model_config: ModelConfig
-    runner: Runner
+    runner: StepRunner
+    decoder: Decoder
     cache: LatentCache
     pool: BlockPool
     layout: KvLayout
     numerics: Numerics
     device: torch.device
-    dtype: str  # fp32 or bf16: of weights and cache
+    dtype: str  # fp32 or bf16: of the weights
+    limits: StepLimits
 
     @property
     def context_length(self) -> int:
@@ -44,41 +67,92 @@ class Engine:
             self.pool.publish(block_id, block_hash)
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 — settings of a worker, by name
         cls,
         checkpoint: Checkpoint,
         *,
         dtype: Literal["fp32", "bf16"] = "fp32",
         device: Literal["cpu", "cuda"] = "cpu",
+        cache_dtype: CacheDtype = "auto",
         block_size: int = 16,
-        num_blocks: int,
+        num_blocks: int | None,
+        limits: StepLimits = USUAL_LIMITS,
         progress: Progress = lambda *_: None,
     ) -> "Engine":
-        """Loads the weights, runs the canary. `block_size` divides the tile of 64 tokens. Raises CannotStart."""
+        """Loads the weights, runs the canary. `block_size` divides the tile of 64 tokens. Raises CannotStart.
+
+        `cache_dtype` auto: as the weights; fp8 needs the kernels. `num_blocks` None: as many as a GPU has room for.
+        """
         torch_device = _open_device(device)
-        layout = kv_layout(checkpoint.config, "", dtype=dtype, block_size=block_size)
+        layout = kv_layout(checkpoint.config, "", dtype=stored_as(dtype, cache_dtype, device), block_size=block_size)
         with ThreadPoolExecutor(1) as hashing:
             digest = hashing.submit(lambda: checkpoint.digest)
-            model = load_model(checkpoint, TORCH_DTYPES[dtype], torch_device, progress)
+            keeps_fp8 = False if dtype == "bf16" and _lacks_fp8(torch_device) else None
+            model = load_model(checkpoint, TORCH_DTYPES[dtype], torch_device, progress, keeps_fp8=keeps_fp8)
         layout = replace(layout, model_digest=digest.result())
+        if num_blocks is None:
+            num_blocks = _profiled_blocks(model, layout, limits)
         cache = LatentCache(layout, num_blocks, torch_device)
         pool = BlockPool(num_blocks, block_size)
-        runner = Runner(model, cache)
+        runner = open_runner(model, limits.decode_rows, cache)
         return cls(
             model_config=checkpoint.config,
             runner=runner,
+            decoder=open_decoder(runner),
             cache=cache,
             pool=pool,
             layout=layout,
             numerics=run_canary(runner, pool),
             device=torch_device,
             dtype=dtype,
+            limits=limits,
         )
 
 
+def _lacks_fp8(device: torch.device) -> bool:
+    """Whether it is a GPU without FP8 products: the kernels then take FP8 matrices as bf16."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+
+
+def stored_as(dtype: str, cache_dtype: CacheDtype, device: str) -> str:
+    """The dtype of cached rows. Raises CannotStart for fp8 where the kernels do not run."""
+    if cache_dtype == "auto":
+        return dtype
+    if device != "cuda" or dtype != "bf16":
+        problem = f"{cache_dtype} rows need --device cuda and --dtype bf16, not {device} and {dtype}"
+        raise CannotStart("cache_dtype", problem, "set --cache-dtype auto")
+    return cache_dtype
+
+
+def _profiled_blocks(model: Model, layout: KvLayout, limits: StepLimits) -> int:
+    """Raises CannotStart where one request of the full context would not fit."""
+    profile = profile_steps(model.config, layout, partial(open_runner, model, limits.decode_rows), **asdict(limits))
+    num_blocks = profile.num_blocks(layout.block_bytes)
+    log.info("memory.profiled", num_blocks=num_blocks, block_bytes=layout.block_bytes, **asdict(profile))
+    require_room(num_blocks, layout, model.config.context_length)
+    return num_blocks
+
+
+def require_room(num_blocks: int, layout: KvLayout, context_length: int) -> None:
+    """Raises CannotStart."""
+    num_positions = num_blocks * layout.block_size
+    if num_positions < context_length:
+        problem = f"the cache holds {num_positions} positions, one request may need {context_length}"
+        raise CannotStart("cache_bytes", problem, "set --num-blocks or --cache-bytes higher, or --context-length lower")
+
+
 def kv_layout(config: ModelConfig, digest: str, *, dtype: str, block_size: int) -> KvLayout:
-    """MLA caches one append-only plane on every layer."""
-    latent = Plane("latent", PlaneKind.APPEND_ONLY, config.num_layers, config.latent_elements, dtype)
+    """MLA caches one append-only plane on every layer. An fp8 row is counted in bytes: `kernels.ref_latents`.
+
+    Raises CannotStart for a latent that has no such row.
+    """
+    elements = config.latent_elements
+    if dtype == "fp8":
+        try:
+            elements = fp8_row_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
+        except ValueError as error:
+            raise CannotStart("cache_dtype", f"fp8: {error}", "set --cache-dtype auto") from error
+    latent = Plane("latent", PlaneKind.APPEND_ONLY, config.num_layers, elements, dtype)
     return KvLayout(digest, (latent,), block_size)
 
 

@@ -6,7 +6,34 @@ from isthmus.errors import NotYet
 from isthmus.kv_layout import KvLayout
 from isthmus.model.step import CacheShape
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
+_LAYERS_AHEAD = 2  # launched while the device computes
+
+
+class StoredLayers:
+    """When each layer's newest rows are there: events that transfers wait for. On a CPU a layer's end is enough."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._events: dict[int, torch.cuda.Event] = {}
+
+    def note(self, layer: int) -> None:
+        """What stores the layer's rows is launched on the current stream. For the thread that launches.
+
+        Returns when the layer _LAYERS_AHEAD before is there: a prompt that is cancelled has little more on its way.
+        """
+        if not self._is_cuda:
+            return
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        self._events[layer] = event
+        if before := self._events.get(layer - _LAYERS_AHEAD):
+            before.synchronize()
+
+    def wait(self, layer: int) -> None:
+        """Has the current stream wait until the layer's rows are there. Any thread."""
+        if event := self._events.get(layer):
+            torch.cuda.current_stream().wait_event(event)
 
 
 class LatentCache:
@@ -18,6 +45,7 @@ class LatentCache:
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
         self.shape = CacheShape(num_blocks, layout.block_size)
+        self.stored = StoredLayers(device)
         # One row past the last block stays zero: steps read it in place of keys that must not be seen.
         self.rows = [
             [

@@ -34,9 +34,20 @@ class Fp8Linear:
         return Linear(weight.t(), self.bias).forward(x_NK, group=group)
 
 
+class Experts:
+    """The experts' matrices, as `ref.expert_mlps` takes them: [in, out] views of one stack."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight  # [E, out, in]
+        self._matrices = tuple(matrix.t() for matrix in weight)
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return self._matrices[expert]
+
+
 @dataclass(frozen=True, slots=True)
 class Fp8Experts:
-    """The experts' matrices, as `ref.expert_mlps` takes them."""
+    """The same in block-FP8."""
 
     weight: Tensor  # [E, out, in] e4m3
     scales: Tensor  # [E, out, blocks of in] fp32

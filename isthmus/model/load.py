@@ -42,23 +42,29 @@ def load_model(
     config = checkpoint.config
     keeps_fp8 = device.type == "cuda" if keeps_fp8 is None else keeps_fp8
     with Weights(checkpoint, dtype, device, progress, keeps_fp8, draft_tensors) as weights:
-        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
-            layers = tuple(threads.map(lambda layer: _layer(config, layer, weights), range(config.num_layers)))
-        embedding = weights.tensor("model.embed_tokens.weight")
-        head = embedding if config.tie_word_embeddings else weights.tensor("lm_head.weight")
-        tables = position_tables(config, dtype)
-        return Model(
-            config=config,
-            dtype=dtype,
-            device=device,
-            embedding=embedding,
-            embedding_scale=torch.tensor(config.embedding_scale, dtype=dtype, device=device),
-            layers=layers,
-            norm=weights.tensor("model.norm.weight"),
-            head=head.t(),
-            tables=type(tables)(*(table.to(device) for table in tables)),
-            residual=torch.add if config.residual_scale == 1.0 else partial(_add_scaled, config.residual_scale),
-        )
+        return assemble(config, weights)
+
+
+def assemble(config: ModelConfig, weights: Weights) -> Model:
+    """The model of these weights, in their dtype on their device."""
+    dtype, device = weights.dtype, weights.device
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+        layers = tuple(threads.map(lambda layer: _layer(config, layer, weights), range(config.num_layers)))
+    embedding = weights.tensor("model.embed_tokens.weight")
+    head = embedding if config.tie_word_embeddings else weights.tensor("lm_head.weight")
+    tables = position_tables(config, dtype)
+    return Model(
+        config=config,
+        dtype=dtype,
+        device=device,
+        embedding=embedding,
+        embedding_scale=torch.tensor(config.embedding_scale, dtype=dtype, device=device),
+        layers=layers,
+        norm=weights.tensor("model.norm.weight"),
+        head=head.t(),
+        tables=type(tables)(*(table.to(device) for table in tables)),
+        residual=torch.add if config.residual_scale == 1.0 else partial(_add_scaled, config.residual_scale),
+    )
 
 
 def _add_scaled(scale: float, x: Tensor, block: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isthmus.checkpoint import Checkpoint, TensorEntry
 from isthmus.errors import CannotStart
-from isthmus.model.linear import Fp8Experts, Fp8Linear, Linear
+from isthmus.model.linear import Experts, Fp8Experts, Fp8Linear, Linear
 from kernels import ref
 
 _STRETCH_ELEMENTS = 1 << 22  # converted at once: bounds what a load needs beside the weights themselves
@@ -77,17 +77,17 @@ class Weights:
         return Fp8Linear(stacked.weight[0], stacked.scales[0], self.dtype, bias)
 
     def stack(self, matrices: Sequence[Sequence[Part]]) -> ref.Matrices:
-        """The matrices as [in, out] views of one block of memory."""
+        """The matrices in one block of memory."""
         if self._stay_fp8(matrices[0]):
             return self._fp8_stack(matrices)
         out = torch.empty(len(matrices), *self._shape(matrices[0]), dtype=self.dtype, device=self.device)
         for parts, matrix in zip(matrices, out, strict=True):
             self._join(parts, matrix, None)
-        return [matrix.t() for matrix in out]
+        return Experts(out)
 
-    def fused_stack(self, name: str) -> Sequence[Tensor]:
+    def fused_stack(self, name: str) -> Experts:
         """The same of a tensor [matrices, out, in]."""
-        return [matrix.t() for matrix in self.tensor(name)]
+        return Experts(self.tensor(name))
 
     def _stay_fp8(self, parts: Sequence[Part]) -> bool:
         return self.keeps_fp8 and all(f"{part.name}.weight_scale_inv" in self.entries for part in parts)

@@ -76,6 +76,7 @@ def test_a_damaged_checkpoint_is_named(stack: Stack, tmp_path: Path, damage: str
         (["--grpc-port", "70000"], "grpc_port"),
         (["--num-blocks", "4"], "num-blocks"),
         (["--device", "cuda"], "device"),
+        (["--cache-dtype", "fp8"], "cache_dtype"),
         (["--model", "/no/such/directory"], "/no/such/directory"),
         (["--no-such-flag"], "no-such-flag"),
     ],
@@ -86,6 +87,13 @@ def test_a_bad_setting_is_named(stack: Stack, flags: list[str], named: str) -> N
     assert done.returncode == 2, done.stderr
     assert named in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_workers_that_share_a_gpu_are_told_how_much_each_may_take() -> None:
+    command = [sys.executable, "-m", "isthmus.cli", "up", "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "--cache-bytes" in done.stderr
 
 
 def test_the_whole_stack_refuses_a_damaged_checkpoint(tmp_path: Path) -> None:
