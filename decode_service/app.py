@@ -12,7 +12,7 @@ from decode_service.ownership_report import REFRESH_S, OwnershipReport
 from decode_service.scheduler import REPLAY_ROWS
 from decode_service.server import DecodeServer
 from decode_service.stream import Emission
-from decode_service.streams import Streams
+from decode_service.streams import MAX_STREAMS, Streams
 from decode_service.worker import StepLoop
 from isthmus.admin import ServiceHooks
 from isthmus.config import DecodeConfig
@@ -60,10 +60,11 @@ class DecodeWorker:
         """Opens everything in the order of need; the stack closes it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
             store = await stack.enter_async_context(connected(self._open_store, self._config))
-            limits = StepLimits(decode_rows=self._config.max_batch + REPLAY_ROWS)
+            limits = StepLimits(decode_rows=min(self._config.max_batch, MAX_STREAMS) + REPLAY_ROWS)
             tell = self._context.health.starting
             engine = self._engine = await asyncio.to_thread(open_engine, self._config, tell, limits)
-            memory = device_memory(engine) or PoolMemory(engine.layout, transfer_memory(engine))
+            on_device = await asyncio.to_thread(device_memory, engine)
+            memory = on_device or PoolMemory(engine.layout, transfer_memory(engine))
             mirror = await stack.enter_async_context(running(HandoffMirror(store)))
             report = OwnershipReport(mirror, self._identity.incarnation)
             post = _Post(stop)

@@ -96,6 +96,7 @@ class StepLoop:
             self._settle(all_but=1 if step is not None and step.may_be_followed else 0)
             if step is None:
                 self._context.progress.idle()
+                self._engine.check_device()  # transfers may have lost it; no step would ever tell
         self._settle()
         self._end(self._scheduler.streams(), Ended(FinishReason.CANCELLED, detail="worker stops"))
 
@@ -178,6 +179,7 @@ class StepLoop:
             return iter(step.pending.results())
         except Exception as error:
             log.exception("step_failed", error, num_streams=len(step.batch))
+            self._engine.check_device()  # lost: the process ends, and its streams go on elsewhere
             return repeat(Ended(FinishReason.ERROR, "INTERNAL", f"decode step failed: {type(error).__name__}"))
 
     def _emission(self, stream: Stream, results: Iterable[Token | NonFiniteLogits | Ended]) -> Emission:

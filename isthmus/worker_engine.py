@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
+
 from isthmus.checkpoint import Checkpoint
 from isthmus.config import WorkerConfig
 from isthmus.convert import block_counts_to_proto, layout_to_proto
 from isthmus.engine.device_memory import DeviceMemory
 from isthmus.engine.engine import USUAL_LIMITS, Engine, StepLimits, kv_layout, require_room, stored_as
+from isthmus.errors import CannotStart
 from isthmus.v1 import admin_pb2
 
 CPU_CACHE_BYTES = 256 << 20
@@ -15,16 +18,21 @@ CPU_CACHE_BYTES = 256 << 20
 def open_engine(config: WorkerConfig, tell: Callable[[str], None], limits: StepLimits = USUAL_LIMITS) -> Engine:
     """Loads the checkpoint and runs the canary, telling how far it is. Raises CannotStart naming the setting."""
     checkpoint = Checkpoint.open(config.model, config.context_length)
-    return Engine.open(
-        checkpoint,
-        dtype=config.dtype,
-        device=config.device,
-        cache_dtype=config.cache_dtype,
-        block_size=config.block_size,
-        num_blocks=_num_blocks(config, checkpoint),
-        limits=limits,
-        progress=lambda done, total: tell(f"weights loaded: {done >> 20:,} of {total >> 20:,} MiB"),
-    )
+    num_blocks = _num_blocks(config, checkpoint)
+    try:
+        return Engine.open(
+            checkpoint,
+            dtype=config.dtype,
+            device=config.device,
+            cache_dtype=config.cache_dtype,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            limits=limits,
+            progress=lambda done, total: tell(f"weights loaded: {done >> 20:,} of {total >> 20:,} MiB"),
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        problem = f"weights, cache and steps do not fit the GPU: {error}"
+        raise CannotStart("device", problem, "set --cache-bytes or --num-blocks lower, or use a larger GPU") from error
 
 
 def _num_blocks(config: WorkerConfig, checkpoint: Checkpoint) -> int | None:

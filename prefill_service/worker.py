@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -31,12 +32,20 @@ Response = prefill_pb2.PrefillResponse
 
 
 class PrefillLoop:
-    """Owns every submitted sequence until it emitted Done or an error."""
+    """Owns every submitted sequence until it emitted Done or an error. `on_crash`: it will do nothing more."""
 
-    def __init__(self, engine: Engine, sender: Sender, context: WorkerContext, tile_budget: int):
+    def __init__(
+        self,
+        engine: Engine,
+        sender: Sender,
+        context: WorkerContext,
+        tile_budget: int,
+        on_crash: Callable[[BaseException], None],
+    ):
         self._engine = engine
         self._sender = sender
         self._tile_budget = tile_budget
+        self._on_crash = on_crash
         self._context = context
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -62,12 +71,20 @@ class PrefillLoop:
         return self._inbox.qsize() + len(self._waiting) + len(self._running)
 
     def _run(self) -> None:
+        try:
+            self._step_until_stopped()
+        except Exception as error:
+            log.exception("prefill_loop_failed", error)
+            self._on_crash(error)
+
+    def _step_until_stopped(self) -> None:
         while self._take_submissions():
             self._drop_stopped()
             self._admit()
             chunks = plan(self._running, TILE, self._tile_budget)
             if not chunks:
                 self._context.progress.idle()
+                self._engine.check_device()  # transfers may have lost it; no step would ever tell
                 continue
             self._context.progress.begin_work()
             self._step(chunks)
@@ -153,6 +170,7 @@ class PrefillLoop:
             return  # the next turn of the loop ends those that stopped; the others are computed again
         except Exception as error:
             log.exception("step_failed", error, num_sequences=len(chunks))
+            self._engine.check_device()  # lost: the process ends, and its prompts are computed elsewhere
             for sequence in [chunk.sequence for chunk in chunks if chunk.sequence in self._running]:
                 self._end(sequence, IsthmusError(f"prefill step failed: {type(error).__name__}"))
 

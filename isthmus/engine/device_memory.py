@@ -135,14 +135,16 @@ class _Lane:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """What is launched inside has ended when it is over."""
+        """What is launched inside has ended when it is over, and when it fails halfway."""
         if self._stream is None or self._is_through is None:
             yield
             return
         with torch.cuda.stream(self._stream):
-            yield
-            self._is_through.record()
-        self._is_through.synchronize()
+            try:
+                yield
+            finally:
+                self._is_through.record()
+                self._is_through.synchronize()
 
     def put(self, slots: npt.NDArray[np.int64]) -> Tensor:
         """The slots on the device, in the order of this turn; once a turn."""

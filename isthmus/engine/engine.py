@@ -66,6 +66,11 @@ class Engine:
         for block_id, block_hash in zip(block_table, hashes, strict=False):
             self.pool.publish(block_id, block_hash)
 
+    def check_device(self) -> None:
+        """Waits for what this thread launched. Raises when the device is lost: every call then fails, for good."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     @classmethod
     def open(  # noqa: PLR0913 — settings of a worker, by name
         cls,

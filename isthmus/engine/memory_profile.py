@@ -50,7 +50,7 @@ def profile_steps(
         prefill_peak = _peak(partial(_prefill, runner, config, layout, prefill_tokens), device)
     except torch.cuda.OutOfMemoryError as error:
         problem = f"the largest steps do not fit beside the weights: {error}"
-        raise CannotStart("device", problem, "use a GPU with more memory, or set --context-length lower") from error
+        raise CannotStart("device", problem, "set --context-length, --max-batch or --tile-budget lower") from error
     return MemoryProfile(free, held, prefill_peak, decode_peak)
 
 
@@ -63,13 +63,14 @@ class _Seen(Exception):
 
 
 def _prefill(runner: StepRunner, config: ModelConfig, layout: KvLayout, num_tokens: int) -> None:
-    """The last tokens of the context, up to the first layer that follows one of each kind."""
-    start = max(0, config.context_length - num_tokens)
-    token_ids = [0] * (config.context_length - start)
+    """The last tokens of as many contexts as it takes, up to the first layer that follows one of each kind."""
+    num_whole, rest = divmod(num_tokens, config.context_length)
+    lengths = [config.context_length] * num_whole + [rest] * (rest > 0)
+    table = _whole_table(config, layout)
+    chunks = [PrefillChunk([0] * n, config.context_length - n, table, needs_logits=True) for n in lengths]
     enough = 1 + (config.sparse_layers.index(True) if any(config.sparse_layers) else 0)
-    chunk = PrefillChunk(token_ids, start, _whole_table(config, layout), needs_logits=True)
     try:
-        runner.prefill([chunk], _stop_after(enough))
+        runner.prefill(chunks, _stop_after(enough))
     except _Seen:
         return
 

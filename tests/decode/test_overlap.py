@@ -1,5 +1,6 @@
 """A decoder that runs ahead gives what one that does not gives, and no step touches a block that was given back."""
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from isthmus.v1 import decode_pb2, types_pb2
 from tests.decode import test_any_order as any_order
 from tests.decode import world as world_module
 from tests.decode.world import SEEDED, Router, oracle, request, world
+from tests.kv_transfer.world import wait_until
 
 PLAIN = SamplingParams(max_tokens=100, temperature=1.0, top_p=0.9)
 engine_of = world_module.engine
@@ -233,3 +235,27 @@ async def test_a_step_that_fails_ends_its_streams_after_the_tokens_before_it(lat
         tokens, ended = await router.rest(asked.request_id, 0)
         assert (ended.finish_reason, ended.reason) == (types_pb2.FINISH_REASON_ERROR, "INTERNAL")
         assert tokens == oracle(asked)[:5]
+
+
+async def test_a_lost_device_ends_the_worker_and_no_stream(late: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing works in the process any more; the stream goes on elsewhere."""
+
+    def check(_: Engine) -> None:
+        if late.made[0].num_steps >= 5:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Engine, "check_device", check)
+    asked = request(sampling=PLAIN)
+    async with world("d1") as here:
+        worker = here.workers[0]
+        late.made[0].fails[5] = "results"
+        router = await here.router()
+        await router.start(here.prefill, asked)
+        await router.tokens(asked.request_id, 0, 5)
+        await asyncio.to_thread(wait_until, lambda: worker.crashes)
+        assert "illegal memory access" in str(worker.crashes[0])
+        await router.was_heard()  # only tokens came before
+        assert router.tokens_of[asked.request_id] == oracle(asked)[:5]
+        late.made[0].pending.clear()
+        for stream in worker.streams:
+            stream.free(worker.engine.pool)

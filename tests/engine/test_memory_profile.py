@@ -1,10 +1,17 @@
 """How many blocks a memory profile allows."""
 
-import pytest
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
 
+import pytest
+import torch
+
+from isthmus.checkpoint import Checkpoint
 from isthmus.config import DecodeConfig, PrefillConfig, load
-from isthmus.engine.engine import stored_as
-from isthmus.engine.memory_profile import FRACTION, MemoryProfile
+from isthmus.engine.engine import Engine, kv_layout, stored_as
+from isthmus.engine.memory_profile import FRACTION, MemoryProfile, _prefill
+from isthmus.engine.runner import PrefillChunk, StepRunner
 from isthmus.errors import CannotStart
 from isthmus.worker_engine import CPU_CACHE_BYTES, open_engine
 
@@ -49,3 +56,24 @@ def test_fp8_rows_are_refused_where_the_kernels_do_not_run(dtype: str, device: s
     assert refused.value.setting == "cache_dtype"
     assert stored_as("bf16", "fp8", "cuda") == "fp8"
     assert stored_as(dtype, "auto", device) == dtype
+
+
+@pytest.mark.parametrize(("num_tokens", "lengths"), [(100, [100]), (256, [256]), (600, [256, 256, 88])])
+def test_a_step_of_more_tokens_than_a_context_is_profiled_whole(num_tokens: int, lengths: list[int]):
+    """Prompts of several sequences share a step."""
+    config = Checkpoint.open("bundled", 256).config
+    seen: list[Sequence[PrefillChunk]] = []
+    runner = SimpleNamespace(prefill=lambda chunks, _: seen.append(chunks))
+    _prefill(cast("StepRunner", runner), config, kv_layout(config, "", dtype="bf16", block_size=16), num_tokens)
+    assert [len(chunk.token_ids) for chunk in seen[0]] == lengths
+    assert {chunk.end for chunk in seen[0]} == {256}
+
+
+def test_a_gpu_without_room_is_named(monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Engine, "open", full)
+    with pytest.raises(CannotStart, match="Tried to allocate") as refused:
+        open_engine(load(DecodeConfig, [], {}), lambda _: None)
+    assert refused.value.setting == "device"

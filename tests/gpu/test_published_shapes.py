@@ -3,6 +3,7 @@
 bf16 and fp8 rows of the cache; 16 heads without and 128 heads with a query latent.
 """
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -27,6 +28,8 @@ BATCHES = (1, 2, 7, 16, 17, 33, 64, 65, 129, 255)
 def model(request: pytest.FixtureRequest) -> Iterator[Model]:
     device = torch.device("cuda", torch.cuda.current_device())
     config = replace(published_config(request.param, CONTEXT), sparse_layers=(False, True))
+    gc.collect()
+    torch.cuda.empty_cache()  # of the tests before
     if torch.cuda.mem_get_info()[0] < 60 << 30:
         pytest.skip("needs 60 GiB of free GPU memory")
     torch.manual_seed(0)

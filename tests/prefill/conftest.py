@@ -82,7 +82,8 @@ class Prefill:
         options = SenderOptions(ack_timeout_s=ack_timeout_s, failpoints=failpoints)
         memory = PoolMemory(self.engine.layout, transfer_memory(self.engine))
         self.sender = Sender(self.context.identity.incarnation, memory, self.context.ledger, options=options)
-        self.loop = PrefillLoop(self.engine, self.sender, self.context, tile_budget)
+        self.crashes: list[BaseException] = []
+        self.loop = PrefillLoop(self.engine, self.sender, self.context, tile_budget, self.crashes.append)
 
     def submit(self, token_ids: list[int], target: TransferTarget | None, **fields: Any) -> Submitted:
         sampling = SamplingParams(max_tokens=1 if target is None else 8, ignore_eos=True)

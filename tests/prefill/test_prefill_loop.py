@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from isthmus.engine.engine import Engine
 from isthmus.errors import IsthmusError, RequestCancelled
 from isthmus.failpoints import Failpoints
 from kv_transfer.events import ClaimedTransfer
@@ -131,3 +132,20 @@ def test_an_error_anywhere_ends_the_prompts_of_the_step_and_not_the_loop(decode:
         assert prefill.submit(prompt(64), reserve(decode, 10, 64)).until("done").acked
         wait_until(lambda: prefill.engine.pool.counts().referenced == 0)
         assert prefill.engine.pool.counts().draining == 0
+
+
+@pytest.mark.parametrize("when", ["a step fails", "idle"])
+def test_a_lost_device_ends_the_loop_and_its_owner_hears(
+    decode: DecodeSide, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def lost(_: Engine) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    points = Failpoints.parse("prefill.layer=raise@1") if when == "a step fails" else Failpoints()
+    with prefilling(points, start=False) as prefill:
+        monkeypatch.setattr(Engine, "check_device", lost)
+        if when == "a step fails":
+            prefill.submit(prompt(64), reserve(decode, 0, 64))
+        prefill.loop.start()
+        wait_until(lambda: prefill.crashes)
+        assert "illegal memory access" in str(prefill.crashes[0])
