@@ -259,3 +259,4 @@ async def test_a_lost_device_ends_the_worker_and_no_stream(late: Decoders, monke
         late.made[0].pending.clear()
         for stream in worker.streams:
             stream.free(worker.engine.pool)
+        worker.crashes.clear()
