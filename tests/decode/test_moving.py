@@ -153,9 +153,11 @@ async def test_a_cancel_crosses_a_move(when: str) -> None:
         assert last.finish_reason == types_pb2.FINISH_REASON_CANCELLED
         await until(lambda: source.engine.pool.counts().referenced == 0, "nothing is left of it")
         if when == "while its blocks leave":
-            assert (await second.next("transfer_failed")).transfer_failed.reason == "cancelled"
+            answer = await second._hear()
+            # A commit that was on its way before the cancel makes the stream the other worker's, which goes on.
+            assert answer.WhichOneof("message") == "step" or answer.transfer_failed.reason == "cancelled"
         second.say(cancel={"request_id": asked.request_id, "attach": second.key(2)})
-        await second.next("ended")
+        assert (await second.until("ended")).ended.finish_reason == types_pb2.FINISH_REASON_CANCELLED
 
 
 async def test_another_router_that_attaches_stops_the_move_and_has_the_stream() -> None:
