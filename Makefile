@@ -54,7 +54,9 @@ chaos: $(READY) ## kills, freezes and restarts under load for 20 minutes; CHAOS_
 GPU_PYTHON ?=
 GPU_RESULTS ?= benchmarks/results/$(shell date +%F)
 gpu-test: $(if $(GPU_PYTHON),,$(READY)) ## what needs a GPU: exactness on the device, kernels against their definitions
-	@$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests $(PYTEST_ARGS)
+	@$(or $(GPU_PYTHON),$(BIN)/python) -m pytest tests/gpu tests/kernels tests/engine/test_triton_runner.py \
+		tests/engine/test_device_memory.py tests/engine/test_device_sampler.py \
+		--ignore tests/kernels/test_static_gate.py --ignore tests/kernels/test_benchmarks_dry.py $(PYTEST_ARGS)
 
 gpu-bench: $(if $(GPU_PYTHON),,$(READY)) ## the four GPU benchmarks, under 8 minutes each, into benchmarks/results
 	@status=0; for name in kernels decode_step prefill gpu_stack; do \

@@ -52,10 +52,3 @@ class Sizes:
         pairs = num_tokens * (num_tokens + 1) // 2
         attention = 2 * config.num_heads * (config.qk_head_dim + config.v_head_dim) * pairs * config.num_layers
         return num_tokens * per_token + attention + 2 * self.head
-
-    def experts_hit(self, num_rows: int) -> float:
-        """Distinct experts of a layer under uniform routing."""
-        if self.config.experts is None:
-            return 0.0
-        total, chosen = self.config.experts.num_experts, self.config.experts.num_per_token
-        return total * (1 - (1 - chosen / total) ** num_rows)

@@ -14,7 +14,7 @@ from isthmus.errors import NonFiniteLogits
 from isthmus.types import Request, SamplingParams, Token
 from kernels.table import Config
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EOS = (3, 11)
 
 
@@ -27,7 +27,7 @@ def device_sampler(vocab: int, *, chunk: int = 512, num_entries: int = 64) -> De
         "sampler_gather": Config({"CHUNK": chunk, "BLOCK": chunk}, 4, 1),
         "sampler_finish": Config({"LANES": chunk}, 4, 1),
     }
-    return DeviceSampler(vocab, 16, CPU, num_entries=num_entries, configs=configs)
+    return DeviceSampler(vocab, 16, DEVICE, num_entries=num_entries, configs=configs)
 
 
 def sequence_of(
@@ -74,7 +74,7 @@ def assert_same(logits: Tensor, sequences: list[SamplingInput], sampler: DeviceS
 @pytest.mark.parametrize(("vocab", "scale", "step"), [(300, 1.0, 0), (700, 4.0, 0.5), (1300, 3.0, 0), (513, 0.1, 0)])
 def test_tokens_are_the_hosts(vocab: int, scale: float, step: float) -> None:
     generator = torch.Generator().manual_seed(vocab)
-    logits = torch.randn(6, vocab, generator=generator) * scale
+    logits = (torch.randn(6, vocab, generator=generator) * scale).to(DEVICE)
     if step:
         logits = (logits / step).round() * step  # many ties
     assert_same(logits, [random_sequence(vocab + number, vocab) for number in range(6)])
@@ -97,7 +97,7 @@ def test_tokens_are_the_hosts(vocab: int, scale: float, step: float) -> None:
 )
 def test_at_the_borders_of_parameters(fields: dict[str, float]) -> None:
     generator = torch.Generator().manual_seed(5)
-    logits = (torch.randn(3, 260, generator=generator) * 4).round() / 2
+    logits = ((torch.randn(3, 260, generator=generator) * 4).round() / 2).to(DEVICE)
     logits[2] = 1.25  # all tie
     sampling = replace(SamplingParams(100), **fields)
     assert_same(logits, [sequence_of(sampling, seed=2**64 - seed - 1, name=str(seed)) for seed in range(3)])
@@ -106,7 +106,7 @@ def test_at_the_borders_of_parameters(fields: dict[str, float]) -> None:
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_extreme_penalties_stay_finite() -> None:
     sampling = SamplingParams(100, repetition_penalty=1e-38, frequency_penalty=3e38, temperature=1e-40)
-    logits = torch.tensor([[5.0, -5.0, 4.0, 0.0] * 20] * 2)
+    logits = (torch.tensor([[5.0, -5.0, 4.0, 0.0] * 20] * 2)).to(DEVICE)
     greedy = replace(sampling, temperature=0.0, presence_penalty=0.1)
     assert_same(logits, [sequence_of(sampling, ids=(0, 0, 4), name="a"), sequence_of(greedy, ids=(0, 0, 4), name="b")])
 
@@ -118,7 +118,7 @@ def test_a_minimum_that_cannot_be_kept_is_not() -> None:
 
 def test_a_row_that_is_not_finite_harms_no_other() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 257, generator=generator)
+    logits = (torch.randn(3, 257, generator=generator)).to(DEVICE)
     sequences = [sequence_of(SamplingParams(100, top_p=0.9, logprobs=0), seed=i, name=str(i)) for i in range(3)]
     sampler = device_sampler(257)
     healthy = sampler.sample(logits, sequences)
@@ -131,7 +131,7 @@ def test_a_row_that_is_not_finite_harms_no_other() -> None:
 def test_a_row_is_bit_equal_in_every_batch() -> None:
     vocab = 600
     generator = torch.Generator().manual_seed(vocab)
-    logits = torch.randn(8, vocab, generator=generator) * 3
+    logits = (torch.randn(8, vocab, generator=generator) * 3).to(DEVICE)
     sequences = [random_sequence(1000 + number, vocab) for number in range(8)]
     together = device_sampler(vocab).sample(logits, sequences)
     others = device_sampler(vocab)  # has seen other requests before, rows stand elsewhere
@@ -141,7 +141,7 @@ def test_a_row_is_bit_equal_in_every_batch() -> None:
 
 def test_how_the_vocabulary_is_cut_changes_no_token() -> None:
     generator = torch.Generator().manual_seed(9)
-    logits = torch.randn(3, 600, generator=generator)
+    logits = (torch.randn(3, 600, generator=generator)).to(DEVICE)
     sequences = [random_sequence(2000 + number, 600) for number in range(3)]
     results = [device_sampler(600, chunk=chunk).sample(logits, sequences) for chunk in (128, 1024)]
     assert [token.id for token in results[0]] == [token.id for token in results[1]]  # type: ignore[union-attr]
@@ -155,7 +155,7 @@ def test_penalties_go_on_from_step_to_step() -> None:
     request = sequence_of(sampling).request
     ids: list[int] = []
     for _ in range(8):
-        logits = torch.randn(1, 64, generator=generator) + torch.linspace(0, 3, 64)
+        logits = (torch.randn(1, 64, generator=generator) + torch.linspace(0, 3, 64)).to(DEVICE)
         sequence = SamplingInput(request, tuple(ids))
         assert_same(logits, [sequence], sampler)
         ids.append(sample(logits, [sequence])[0].id)  # type: ignore[union-attr]
@@ -165,7 +165,7 @@ def test_penalties_go_on_from_step_to_step() -> None:
 
 def test_a_long_prompt_is_penalised_as_a_whole() -> None:
     prompt = tuple(range(0, 600, 2))
-    logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(3)) + 2
+    logits = (torch.randn(1, 600, generator=torch.Generator().manual_seed(3)) + 2).to(DEVICE)
     sampling = SamplingParams(100, temperature=0.0, repetition_penalty=3.0, logit_bias=((1, -9.0),), logprobs=0)
     request = Request("r", 0, prompt, sampling)
     sampler = device_sampler(600, num_entries=2)  # which is too few
@@ -175,7 +175,7 @@ def test_a_long_prompt_is_penalised_as_a_whole() -> None:
 
 def test_indices_may_run_ahead_of_the_tokens() -> None:
     generator, sampler = torch.Generator().manual_seed(6), device_sampler(300)
-    logits = torch.randn(1, 300, generator=generator)
+    logits = (torch.randn(1, 300, generator=generator)).to(DEVICE)
     sampling = SamplingParams(100, min_tokens=3, logit_bias=((3, 50.0),))
     sampler.stage([sequence_of(sampling, seed=8, ids=(1,))], [3])
     (token,) = sampler.collect(sampler.launch(logits), logits).results()
@@ -184,7 +184,7 @@ def test_indices_may_run_ahead_of_the_tokens() -> None:
 
 
 def test_rows_past_the_staged_ones_are_plain() -> None:
-    logits, sampler = torch.randn(4, 100), device_sampler(100)
+    logits, sampler = torch.randn(4, 100, device=DEVICE), device_sampler(100)
     sampler.sample(logits, [sequence_of(SamplingParams(100, logprobs=0), name=str(i)) for i in range(4)])
     sampler.stage([sequence_of(SamplingParams(100, temperature=0.0))])
     sampled = sampler.launch(logits)
@@ -197,8 +197,8 @@ def test_limits_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="16 rows at most, not 17"):
         sampler.stage([sequence_of(SamplingParams(100))] * 17)
     with pytest.raises(ValueError, match="the vocabulary is 300000"):
-        DeviceSampler(300_000, 1, CPU)
-    assert sampler.sample(torch.empty(0, 100), []) == []
+        DeviceSampler(300_000, 1, DEVICE)
+    assert sampler.sample(torch.empty(0, 100, device=DEVICE), []) == []
 
 
 def test_only_lists_of_logprobs_need_the_host() -> None:

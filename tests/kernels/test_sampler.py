@@ -17,6 +17,7 @@ from kernels.sampler_rows import ENTRY_FIELDS, ROW_FIELDS
 from kernels.sampler_select import drawn, key, share, value
 from kernels.table import Config
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROW = np.dtype(list(ROW_FIELDS.items()))
 ENTRY = np.dtype(list(ENTRY_FIELDS.items()))
 CONFIGS = {
@@ -57,8 +58,8 @@ def _key_kernel(out, back, x, n: tl.constexpr):
 
 def computed(kernel: Callable, *columns: list[int]) -> list[int]:
     size = 256
-    padded = [torch.tensor(column + [column[0]] * (size - len(column))) for column in columns]
-    out = torch.empty(size, dtype=torch.int64)
+    padded = [torch.tensor(column + [column[0]] * (size - len(column)), device=DEVICE) for column in columns]
+    out = torch.empty(size, dtype=torch.int64, device=DEVICE)
     kernel[(1,)](out, *padded, n=size)
     return out[: len(columns[0])].tolist()
 
@@ -91,8 +92,8 @@ def test_uniforms_are_the_hosts() -> None:
 
 
 def test_keys_order_like_floats() -> None:
-    x = torch.cat([torch.randn(250), torch.tensor([0.0, -0.0, 3.4e38, -3.4e38, 1e-45, -torch.inf])])
-    keys, back = torch.empty(256, dtype=torch.int64), torch.empty(256)
+    x = torch.cat([torch.randn(250), torch.tensor([0.0, -0.0, 3.4e38, -3.4e38, 1e-45, -torch.inf])]).to(DEVICE)
+    keys, back = torch.empty(256, dtype=torch.int64, device=DEVICE), torch.empty_like(x)
     _key_kernel[(1,)](keys, back, x, n=256)
     assert torch.equal(back, x)
     assert torch.equal(keys[:, None] < keys, x[:, None] < x)
@@ -109,8 +110,8 @@ def inputs_of(rows: list[dict[str, object]], entries: list[tuple[int, float, int
     # The last entry is nobody's: an id that no logit has.
     all_entries = np.array([*entries, (1 << 30, np.nan, 1 << 30, 3)], dtype=ENTRY)
     return SamplerInputs(
-        torch.from_numpy(filled.view(np.int64).reshape(len(rows), -1)),
-        torch.from_numpy(all_entries.view(np.int32).reshape(len(all_entries), -1)),
+        torch.from_numpy(filled.view(np.int64).reshape(len(rows), -1)).to(DEVICE),
+        torch.from_numpy(all_entries.view(np.int32).reshape(len(all_entries), -1)).to(DEVICE),
     )
 
 
@@ -123,7 +124,7 @@ def sampled(logits: Tensor, inputs: SamplerInputs) -> tuple[list[int], list[floa
 
 def test_argmax_gives_the_lowest_of_equals() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randint(0, 3, (3, 300), generator=generator).float()
+    logits = torch.randint(0, 3, (3, 300), generator=generator).float().to(DEVICE)
     logits[logits == 0] = -0.0
     logits[2] = -0.0
     logits[2, 200:] = 0.0
@@ -138,14 +139,14 @@ def test_equal_logits_are_drawn_in_the_order_of_ids() -> None:
     """Draw number r of V equal weights is the id r, whatever the list is cut into."""
     vocab = 300
     rows = [{"temperature": 1.0, "seed": seed, "index": 7} for seed in range(3)]
-    tokens, _, _ = sampled(torch.full((3, vocab), -3.5), inputs_of(rows))
+    tokens, _, _ = sampled(torch.full((3, vocab), -3.5, device=DEVICE), inputs_of(rows))
     assert tokens == [host_uniform_bits(seed, 7) * vocab >> 24 for seed in range(3)]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_is_said_to_be(bad: float) -> None:
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(3, 200, generator=generator)
+    logits = torch.randn(3, 200, generator=generator).to(DEVICE)
     biased = {"temperature": 1.0, "repetition": 1.0, "end_entry": 1}
     inputs = inputs_of([biased, {"temperature": 1.0}, {}], [(5, 1.0, 0, 0)])
     healthy = sampled(logits, inputs)
@@ -158,7 +159,7 @@ def test_a_row_that_is_not_finite_is_said_to_be(bad: float) -> None:
 
 def test_a_list_that_is_too_long_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(2, 150, generator=generator)
+    logits = torch.randn(2, 150, generator=generator).to(DEVICE)
     rows = [{"temperature": 0.9, "seed": 5, "top_k": 100}, {"temperature": 3.0, "top_p": 3, "top_p_shift": 2}]
     listed = sampled(logits, inputs_of(rows))
     for module in ("kernels.sampler_select", "kernels.sampler_finish"):
@@ -167,11 +168,11 @@ def test_a_list_that_is_too_long_is_not_needed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    inputs = SamplerInputs.allocate(2, 4, torch.device("cpu"))
+    inputs = SamplerInputs.allocate(2, 4, DEVICE)
     with pytest.raises(ValueError, match="rows has shape"):
-        sample_logits(torch.zeros(3, 40), inputs, CONFIGS)
+        sample_logits(torch.zeros(3, 40, device=DEVICE), inputs, CONFIGS)
     with pytest.raises(ValueError, match="the vocabulary is 8193, not 1 to 8192"):
-        sample_logits(torch.zeros(2, 8193), inputs, CONFIGS)
+        sample_logits(torch.zeros(2, 8193, device=DEVICE), inputs, CONFIGS)
     with pytest.raises(ValueError, match="strides"):
-        sample_logits(torch.zeros(2, 80)[:, ::2], inputs, CONFIGS)
-    assert len(sample_logits(torch.zeros(0, 40), inputs.first(0), CONFIGS).tokens) == 0
+        sample_logits(torch.zeros(2, 80, device=DEVICE)[:, ::2], inputs, CONFIGS)
+    assert len(sample_logits(torch.zeros(0, 40, device=DEVICE), inputs.first(0), CONFIGS).tokens) == 0
