@@ -204,7 +204,9 @@ def main() -> int:
     runner = open_runner(config, cells, timer.device)
     rows, seconds = [], {}
     for cell in cells:
-        if measured := timer.attempt(str(cell), partial(measure, runner, cell, ceilings, timer)):
+        if not timer.has_time:
+            timer.remarks.append(f"{cell}: no time left")
+        elif measured := timer.attempt(str(cell), partial(measure, runner, cell, ceilings, timer)):
             figures, seconds[cell] = measured
             rows.append(figures)
     report.table(HEADER, rows)

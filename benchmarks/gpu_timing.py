@@ -217,7 +217,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, metavar="FILE", help="Markdown file to write")
     made.add_argument("--dry-run", action="store_true", help="tiny shapes under TRITON_INTERPRET=1, nothing is timed")
-    made.add_argument("--budget", type=float, default=400, metavar="SECONDS", help="start nothing new after it [400]")
+    made.add_argument("--budget", type=float, default=400, metavar="SECONDS", help="begin no other cell after it [400]")
     return made
 
 

@@ -73,7 +73,12 @@ def main() -> int:
     if timer.is_dry:
         args.prompts, config = [40], dry_config()
     runner = TritonRunner(*open_model_cache(config, 2 * -(-max(args.prompts) // BLOCK), timer.device), max_rows=1)
-    rows = [row for tokens in args.prompts for row in measure(tokens, runner, ceilings.matmul_flops, timer)]
+    rows = []
+    for tokens in args.prompts:
+        if timer.has_time:
+            rows += measure(tokens, runner, ceilings.matmul_flops, timer)
+        else:
+            timer.remarks.append(f"{tokens} tokens: no time left")
     header = ("tokens", "steps", "GFLOP/token", "ms", "p10 to p90", "tok/s", "TFLOP/s", "MFU", "goal")
     report.table(header, rows)
     return report.finish(timer)

@@ -5,9 +5,6 @@ from pathlib import Path
 
 # Two torch processes with two spinning OpenMP threads each slow one another down a hundredfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Triton reads it when a kernel module is imported. Without an NVIDIA driver kernels can only be interpreted.
-if not Path("/proc/driver/nvidia").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 
@@ -16,6 +13,12 @@ def has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+# Triton reads it when a kernel module is imported. Without a device kernels can only be interpreted. Torch is asked
+# only where there is a driver: it takes seconds to import.
+if not Path("/proc/driver/nvidia").exists() or not has_cuda():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

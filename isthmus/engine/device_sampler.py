@@ -1,7 +1,7 @@
 """Feeds `kernels.sampler`: requests become rows of parameters on the device, what it sampled becomes tokens.
 
-    stage(sequences, indices)   parameters, without waiting, into static memory that a captured graph may read
-    launch(logits)              what a graph captures
+    stage(sequences, indices)   parameters, without waiting, into memory that stays where it is
+    launch(logits)              the kernels; a step's graph comes before them
     collect(sampled, logits)    one copy of all tokens on its way; its results are taken later
 
 Lists of top logprobs are made on the host, from the logits of just the rows that ask for one.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isthmus.engine.sampler import SamplingInput, has_penalty, with_logprobs
 from isthmus.errors import NonFiniteLogits
-from isthmus.types import Request, SamplingParams, Token
+from isthmus.types import Request, Token
 from kernels.sampler import MAX_VOCAB, Sampled, SamplerInputs, sample_logits
 from kernels.sampler_rows import END_FLAG, ENTRY_FIELDS, ROW_FIELDS, SEEN_FLAG
 from kernels.table import Config
@@ -27,11 +27,6 @@ _ROW = np.dtype(list(ROW_FIELDS.items()))
 _ENTRY = np.dtype(list(ENTRY_FIELDS.items()))
 _MOST_SHIFT = 116  # of top_p: a product of 53 and 58 bits shifted this far is 1, rounded up
 _WEIGHT_BITS = 40
-
-
-def can_stay_on_device(sampling: SamplingParams) -> bool:
-    """Whether logits need not be copied: no list of top logprobs is asked for."""
-    return not sampling.logprobs
 
 
 @dataclass(slots=True)
@@ -122,7 +117,7 @@ class DeviceSampler:
     """The sampler of one device. Used by one thread, on one stream.
 
     `num_entries`: room for the tokens that bias, penalties and masks touch, over all rows of a step. A step that needs
-    more moves them (`inputs.entries`), and a graph has to be captured again. `configs`: not the table's.
+    more moves them (`inputs.entries`). `configs`: not the table's.
     """
 
     def __init__(
@@ -174,7 +169,7 @@ class DeviceSampler:
             _copy(entries.reshape(num_entries, -1), self.inputs.entries[:num_entries])
 
     def launch(self, logits_BV: Tensor) -> Sampled:
-        """Samples the rows of contiguous fp32 logits by what is staged; may be captured."""
+        """Samples the rows of contiguous fp32 logits by what is staged."""
         return sample_logits(logits_BV, self.inputs.first(len(logits_BV)), self._configs)
 
     def collect(self, sampled: Sampled, logits_BV: Tensor) -> PendingTokens:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.engine.device_sampler import DeviceSampler, can_stay_on_device
+from isthmus.engine.device_sampler import DeviceSampler
 from isthmus.engine.sampler import SamplingInput, sample
 from isthmus.errors import NonFiniteLogits
 from isthmus.types import Request, SamplingParams, Token
@@ -113,7 +113,7 @@ def test_extreme_penalties_stay_finite() -> None:
 
 def test_a_minimum_that_cannot_be_kept_is_not() -> None:
     sampling = SamplingParams(100, min_tokens=2, stop_token_ids=tuple(range(40)), temperature=0.0)
-    assert_same(torch.arange(40.0)[None].contiguous(), [sequence_of(sampling)])
+    assert_same(torch.arange(40.0, device=DEVICE)[None].contiguous(), [sequence_of(sampling)])
 
 
 def test_a_row_that_is_not_finite_harms_no_other() -> None:
@@ -199,8 +199,3 @@ def test_limits_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="the vocabulary is 300000"):
         DeviceSampler(300_000, 1, DEVICE)
     assert sampler.sample(torch.empty(0, 100, device=DEVICE), []) == []
-
-
-def test_only_lists_of_logprobs_need_the_host() -> None:
-    wanted = [can_stay_on_device(SamplingParams(100, logprobs=logprobs)) for logprobs in (None, 0, 1)]
-    assert wanted == [True, True, False]

@@ -70,6 +70,7 @@ def test_graphs_are_captured_and_give_the_bits_of_eager_steps():
     opened = kernels()
     runner = opened.runner
     assert isinstance(runner, TritonRunner)
+    assert sorted(runner.graphs._graphs) == list(runner.buffers.buckets)
     for count in (1, 16, 40, 200, 256):
         bucket = runner.buffers.bucket_of(count)
         sequences = prompted(opened, [7 + i % 50 for i in range(count)], room=4)
@@ -94,6 +95,7 @@ def test_a_step_may_have_more_rows_than_a_graph():
 def test_a_decode_row_is_the_same_in_every_batch(block_size: int):
     """Of 256 sequences the first so many, in reversed order too; lengths over several splits."""
     opened = engine("bf16", "cuda", block_size)
+    assert isinstance(opened.runner, TritonRunner)
     lengths = [3 + 97 * i % 1400 for i in range(256)]
     sequences = prompted(opened, lengths, room=8)
     for first in range(0, 256, 16):
@@ -215,7 +217,7 @@ def test_a_memory_profile_leaves_room_for_the_largest_steps():
     )
     num_blocks, free = opened.cache.shape.num_blocks, torch.cuda.mem_get_info()[0]
     print(json.dumps({"num_blocks": num_blocks, "gib_free": free / (1 << 30)}))
-    assert num_blocks > 4 * NUM_TOKENS
+    assert num_blocks * opened.layout.block_bytes > 4 * free  # most of what there was is blocks now
     sequences = prompted(opened, [300] * 256, room=8)
     for first in range(0, 256, 8):
         prefill(opened, sequences[first : first + 8])

@@ -94,6 +94,21 @@ def test_it_is_attention(plan: Plan, block_size: int, heads: int):
     assert_close(attend(step, rows, plan), oracle(step, rows))
 
 
+@pytest.mark.parametrize(("heads", "fp8"), [(16, False), (64, False), (128, False), (16, True), (128, True)])
+def test_the_tables_own_variants_are_attention(heads: int, fp8: bool):
+    """As they are launched: 512 + 64 latents, blocks of 64, lengths of one split, two and three."""
+    lengths = [70, 530, 600]
+    rows = paged(random_latents(lengths, 512 + 64), 64, fp8_rank=512 if fp8 else None)
+    step = step_of([0, 1, 2], [n - 1 for n in lengths], heads, rank=512, rope=64)
+    step = Step(step.sequences, step.positions, step.q, step.scale * 0.2)
+    scratch = scratch_for(step, plan_of(heads), rank=512, context=1024)
+    positions = torch.tensor(step.positions, dtype=torch.int32, device=DEVICE)
+    schedule_decode(positions, scratch, heads)
+    operands = [part.to(DEVICE) for part in (step.q, step.scale, rows.cache, rows.block_tables, positions)]
+    got = paged_mla_decode(*operands, scratch, latent_rank=512).cpu()
+    assert_close(got, oracle(step, rows, rank=512))
+
+
 def test_rows_see_no_company_no_schedule_and_no_order_of_blocks():
     latents = random_latents(LENGTHS, RANK + ROPE)
     rows = paged(latents, 16)
