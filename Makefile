@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test oracle chaos gpu-test gpu-bench check lint types imports proto containers stubs format clean
+.PHONY: help env demo test test-newest oracle chaos gpu-test gpu-bench check lint types imports proto containers stubs format clean
 
 help: ## show the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,18 @@ demo: $(READY) ## start the stack, stream a few prompts, print what was measured
 
 test: check ## static checks and every test that needs no GPU
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What a user's own installation meets: the newest release of everything but torch, whose newest is a CUDA build of
+# several GB. The faces: gRPC, HTTP, client library, command line, Redis. An environment of its own, remade each time.
+NEWEST := .venv-newest
+NEWEST_TORCH ?= torch==2.13.0
+NEWEST_TESTS ?= tests/router tests/client tests/shared tests/cli tests/e2e/test_health.py tests/e2e/test_resume.py tests/kv_transfer
+test-newest: ## the faces against the newest dependencies; not in CI: it would go red without a commit
+	@rm -rf $(NEWEST) && $(PYTHON) -m venv $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install --quiet $(PIP_ARGS) '$(NEWEST_TORCH)'
+	@$(NEWEST)/bin/python -m pip install --quiet $(PIP_ARGS) -e '.[engine,embedded,tests]'
+	@$(NEWEST)/bin/python --version && $(NEWEST)/bin/python -m pip freeze --exclude-editable
+	@$(NEWEST)/bin/python -m pytest $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 ORACLE_SEEDS ?= 8
 oracle: $(READY) ## every architecture against transformers; ORACLE_SEEDS=20 tries more configurations
@@ -94,5 +106,5 @@ bench-%: benchmarks/%.py $(READY) ## one benchmark: bench-transfer, bench-handof
 	@$(BIN)/python -m benchmarks.$*
 
 clean: ## remove the environment and every cache
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache .isthmus build dist
+	rm -rf .venv $(NEWEST) .pytest_cache .ruff_cache .hypothesis .import_linter_cache .isthmus build dist
 	find $(PACKAGES) tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -2,6 +2,9 @@
 
 Under TRITON_INTERPRET=1 bf16 products and bf16 arithmetic are wrong and casts to bf16 truncate (Triton 3.6 to 3.9), so
 kernels compute in fp32 and use `dot` and `to_bf16` for the rest. On a device both compile to the plain instruction.
+
+The interpreter would hand a product to numpy's BLAS, where a row's sum may depend on its place among the rows: in
+OpenBLAS's AVX2 kernels it does. An interpreted product is therefore summed over k in one order, every element alike.
 """
 
 import triton
@@ -9,13 +12,29 @@ import triton.language as tl
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # read when a kernel module is imported, as triton.jit does
 _UPCAST = tl.constexpr(INTERPRETED)
+_MOST_ELEMENTS = tl.constexpr(tl.TRITON_MAX_TENSOR_NUMEL)
+
+
+@triton.jit
+def _interpreted_product(a, b):
+    """a @ b in fp32, halved along k until a half's single products are as many as a Triton tensor may hold."""
+    rows: tl.constexpr = a.shape[0]
+    inner: tl.constexpr = a.shape[1]
+    columns: tl.constexpr = b.shape[1]
+    if rows * inner * columns <= _MOST_ELEMENTS:
+        out = tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+    else:
+        a_first, a_rest = tl.split(a.reshape(rows, 2, inner // 2).permute(0, 2, 1))
+        b_first, b_rest = tl.split(b.reshape(2, inner // 2, columns).permute(1, 2, 0))
+        out = _interpreted_product(a_first, b_first) + _interpreted_product(a_rest, b_rest)
+    return out
 
 
 @triton.jit
 def dot(a, b, acc):
     """acc + a @ b with fp32 accumulation; a and b of one 16-bit, 8-bit or fp32 type (fp32: no TF32)."""
     if _UPCAST:
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        acc += _interpreted_product(a.to(tl.float32), b.to(tl.float32))
     else:
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc

@@ -59,14 +59,23 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         self.backend: Backend | None = None
 
     def register(self, server: grpc.aio.Server) -> None:
-        """The first handler found wins: those that take raw bytes stand before the generated ones."""
-        raw = {
-            "Generate": grpc.unary_stream_rpc_method_handler(self.Generate, response_serializer=_serialise),
-            "Tokenize": grpc.unary_unary_rpc_method_handler(self.Tokenize, response_serializer=_serialise),
-            "Detokenize": grpc.unary_unary_rpc_method_handler(self.Detokenize, response_serializer=_serialise),
+        """Every method in one table, added once: which of two handlers of one method wins differs between grpcio's
+        releases. Methods that may carry a prompt take raw bytes, whose bounds are checked before they are parsed."""
+        handlers = {
+            "Generate": grpc.unary_stream_rpc_method_handler(self.Generate, None, _serialise),
+            "Tokenize": grpc.unary_unary_rpc_method_handler(self.Tokenize, None, _serialise),
+            "Detokenize": grpc.unary_unary_rpc_method_handler(self.Detokenize, None, _serialise),
+            "Resume": grpc.unary_stream_rpc_method_handler(
+                self.Resume, inference_pb2.ResumeRequest.FromString, _serialise
+            ),
+            "Cancel": grpc.unary_unary_rpc_method_handler(
+                self.Cancel, inference_pb2.CancelRequest.FromString, _serialise
+            ),
+            "ListModels": grpc.unary_unary_rpc_method_handler(
+                self.ListModels, inference_pb2.ListModelsRequest.FromString, _serialise
+            ),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, raw),))
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, server)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     @property
     def num_streams(self) -> int:

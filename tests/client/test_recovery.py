@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus.client import RETENTION_S, AsyncClient, Client, Generation
+from isthmus.client import RETENTION_S, AsyncClient, Chunk, Client, Generation
 from isthmus.errors import (
     AttachedElsewhere,
     DataLoss,
@@ -65,20 +65,51 @@ def complete(request: pytest.FixtureRequest) -> Complete:
     return lambda *args, **options: asyncio.to_thread(complete_blocking, *args, **options)
 
 
-async def complete_asyncio(routers: Sequence[str], *, router_timeout_s: float = 10.0, **options: Any) -> Generation:
+class Reached:
+    """Set once the caller has so many tokens: what a router has sent may still be on its way."""
+
+    def __init__(self, num_tokens: int):
+        self._loop, self._event, self._left = asyncio.get_running_loop(), asyncio.Event(), num_tokens
+
+    def note(self, one: Chunk) -> None:
+        """From whichever thread reads."""
+        self._left -= len(one.tokens)
+        if self._left <= 0:
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        await asyncio.wait_for(self._event.wait(), 10)
+
+
+OnChunk = Callable[[Chunk], None]
+
+
+def ignore(_: Chunk) -> None:
+    return
+
+
+async def complete_asyncio(
+    routers: Sequence[str], *, router_timeout_s: float = 10.0, on_chunk: OnChunk = ignore, **options: Any
+) -> Generation:
     chunks = []
     async with AsyncClient(routers, router_timeout_s=router_timeout_s) as client:
         stream = client.generate("Once", **{"seed": SEED, "logprobs": 1, "timeout_s": 20, **options})
         async for one in stream.chunks():
             assert stream.result.text.endswith(one.text), "told before it is recorded"
             chunks.append(one)
+            on_chunk(one)
     return checked(stream.result, chunks)
 
 
-def complete_blocking(routers: Sequence[str], *, router_timeout_s: float = 10.0, **options: Any) -> Generation:
+def complete_blocking(
+    routers: Sequence[str], *, router_timeout_s: float = 10.0, on_chunk: OnChunk = ignore, **options: Any
+) -> Generation:
+    chunks = []
     with Client(routers, router_timeout_s=router_timeout_s) as client:
         stream = client.generate("Once", **{"seed": SEED, "logprobs": 1, "timeout_s": 20, **options})
-        chunks = list(stream.chunks())
+        for one in stream.chunks():
+            chunks.append(one)
+            on_chunk(one)
     return checked(stream.result, chunks)
 
 
@@ -159,8 +190,9 @@ async def test_a_reset_connection_is_resumed_at_another_router(complete: Complet
     first, second = Router(hangs(after=3)), Router(name="s")
     second.seed = SEED
     async with relayed(first) as (relay, address), serving(second) as port:
-        reading = asyncio.ensure_future(complete([address, f"127.0.0.1:{port}"]))
-        await first.silent.wait()
+        reached = Reached(3)
+        reading = asyncio.ensure_future(complete([address, f"127.0.0.1:{port}"], on_chunk=reached.note))
+        await reached.wait()
         relay.cut()
         began = time.monotonic()
         assert_whole(await reading)
@@ -173,8 +205,9 @@ async def test_a_frozen_router_is_left_within_keepalive_time(complete: Complete)
     first, second = Router(hangs(after=3)), Router()
     second.seed = SEED
     async with relayed(first) as (relay, address), serving(second) as port:
-        reading = asyncio.ensure_future(complete([address, f"127.0.0.1:{port}"]))
-        await first.silent.wait()
+        reached = Reached(3)
+        reading = asyncio.ensure_future(complete([address, f"127.0.0.1:{port}"], on_chunk=reached.note))
+        await reached.wait()
         relay.freeze()
         began = time.monotonic()
         assert_whole(await reading)

@@ -76,15 +76,22 @@ async def test_emitted_tokens_that_cannot_be_replayed_are_refused(ids: tuple[int
             await router.reserve(replace(request(), emitted_token_ids=ids))
 
 
-async def test_who_attaches_below_the_replayed_tokens_gets_them_with_their_logprobs() -> None:
+@pytest.mark.parametrize("num_computed", [20, 21], ids=["before its first step", "after it"])
+async def test_who_attaches_below_the_replayed_tokens_gets_them_with_their_logprobs(num_computed: int) -> None:
+    """The record holds every token known: the emitted ones, and the next one once the replaying step has run."""
     plain = request()
     expected = oracle(plain)
     async with world("d1") as here:
         worker, router, other = here.workers[0], await here.router(), await here.router()
-        with worker.held():
-            await router.start(here.prefill, emitted(plain, expected[:20]))
-            attached = await other.attach(plain.request_id, 3)
-            assert list(attached.request.emitted_token_ids) == [token.id for token in expected[:20]]
+        worker.may_begin_step.clear() if num_computed == 20 else worker.may_step.clear()
+        await router.start(here.prefill, emitted(plain, expected[:20]))
+        stream = worker.streams.get(plain.request_id)
+        if num_computed == 21:
+            await until(lambda: stream is not None and len(stream.tokens) == num_computed, "the step has run")
+        attached = await other.attach(plain.request_id, 3)
+        assert list(attached.request.emitted_token_ids) == [token.id for token in expected[:num_computed]]
+        worker.may_begin_step.set()
+        worker.may_step.set()
         tokens, _ = await other.rest(plain.request_id, 3)
         assert tokens == expected[3:]
 

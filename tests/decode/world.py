@@ -138,7 +138,7 @@ class Worker:
         self.identity = Identity(name, "decode", new_incarnation())
         watch = ProgressWatch(clock)
         self.context = WorkerContext(
-            self.identity, clock, Ledger(), Metrics(), HealthState(watch), Failpoints.parse(failpoints)
+            self.identity, clock, Ledger(), Metrics(), HealthState(watch), _Gated(failpoints, self)
         )
         self.mirror = HandoffMirror(store)
         self.report = OwnershipReport(self.mirror, self.identity.incarnation)
@@ -154,6 +154,8 @@ class Worker:
         self.identity.zmq_endpoint = self.receiver.endpoint
         self.may_step = threading.Event()
         self.may_step.set()
+        self.may_begin_step = threading.Event()
+        self.may_begin_step.set()
         self.crashes: list[BaseException] = []
         self.step_loop = StepLoop(self.engine, max_batch, self.context, self._stepped, self.crashes.append)
         self.streams = Streams(self.engine, self.receiver, self.step_loop, self.context, self.report, 10.0)
@@ -192,6 +194,7 @@ class Worker:
     async def close(self) -> None:
         """Everything is given back, whatever the test did."""
         self.may_step.set()
+        self.may_begin_step.set()
         self.attachments.abandon_all()
         self.mover.close()
         await asyncio.to_thread(self.step_loop.stop)
@@ -209,6 +212,19 @@ class Worker:
     def _stepped(self, emissions: Any) -> None:
         assert self.may_step.wait(WAIT_S)
         self.post(lambda: self.streams.deliver(emissions))
+
+
+class _Gated(Failpoints):
+    """A failpoint that waits: no step begins while the worker's `may_begin_step` is clear."""
+
+    def __init__(self, spec: str, worker: Worker):
+        super().__init__(point for points in Failpoints.parse(spec)._by_name.values() for point in points)
+        self._worker = worker
+
+    def hit(self, name: str) -> str | None:
+        if name == "decode.step":
+            assert self._worker.may_begin_step.wait(WAIT_S)
+        return super().hit(name)
 
 
 @dataclass
