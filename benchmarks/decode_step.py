@@ -24,13 +24,13 @@ from benchmarks.gpu_timing import Call, Ceilings, Report, Timer, measure_ceiling
 from benchmarks.inexact import plan_for, without_exactness
 from benchmarks.random_model import dry_config, published_config, random_model
 from benchmarks.roofline import Sizes
+from isthmus.checkpoint.model_config import ModelConfig
 from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.runner import LATENT_PLANE, DecodeRow
 from isthmus.engine.triton_runner import TritonRunner
 from isthmus.model import Model, triton_layers
 from isthmus.model.triton_model import TritonModel
-from isthmus.model_config import ModelConfig
 from kernels.mla_schedule import DecodeScratch
 from tools.checkpoints.published import PUBLISHED
 

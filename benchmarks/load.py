@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.machine import describe
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.model import load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import isthmus
+from isthmus.checkpoint.model_config import ModelConfig, parse_config
+from isthmus.checkpoint.tensor_names import model_shapes
 from isthmus.model import Model
 from isthmus.model.linear import Experts, Linear
 from isthmus.model.load import assemble
 from isthmus.model.weights import Part, Weights
-from isthmus.model_config import ModelConfig, parse_config
-from isthmus.tensor_names import model_shapes
 from tools.checkpoints.published import PUBLISHED
 
 

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from isthmus.model_config import ModelConfig
-from isthmus.tensor_names import model_shapes
+from isthmus.checkpoint.model_config import ModelConfig
+from isthmus.checkpoint.tensor_names import model_shapes
 
 BYTES = 2  # of an element: weights and cache are bf16
 

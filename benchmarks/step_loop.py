@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable, Iterator
 
 from benchmarks.machine import describe, quantile
-from isthmus.checkpoint import Checkpoint, resolve_model
+from isthmus.checkpoint.directory import Checkpoint, resolve_model
 from isthmus.engine.engine import Engine
 from isthmus.engine.runner import DecodeRow, PrefillChunk
 from isthmus.ids import new_incarnation, new_transfer_id
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
-from isthmus.worker_engine import transfer_memory
+from isthmus.worker.engine_start import transfer_memory
 from kv_transfer.events import ClaimedTransfer, FailedTransfer, TransferEvents
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver

@@ -23,7 +23,7 @@ import zmq
 
 from benchmarks.machine import describe
 from isthmus.ids import new_incarnation, new_transfer_id
-from isthmus.kv_layout import KvLayout, Plane, PlaneKind
+from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.events import ClaimedTransfer, TransferEvents

@@ -14,18 +14,18 @@ from decode_service.server import DecodeServer
 from decode_service.stream import Emission
 from decode_service.streams import MAX_STREAMS, Streams
 from decode_service.worker import StepLoop
-from isthmus.admin import ServiceHooks
 from isthmus.config import DecodeConfig
 from isthmus.engine.engine import Engine, StepLimits
-from isthmus.serving import Face, Stop, serve_until_signal
+from isthmus.process.admin import ServiceHooks
+from isthmus.process.serving import Face, Stop, serve_until_signal
+from isthmus.process.worker_context import WorkerContext
 from isthmus.v1 import admin_pb2, decode_pb2_grpc
-from isthmus.worker_context import WorkerContext
-from isthmus.worker_engine import device_memory, engine_status, open_engine, transfer_memory
+from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
 from kv_transfer.counters import Counters
 from kv_transfer.events import ReceiverOptions, TransferEvents
-from kv_transfer.membership import Membership, running
-from kv_transfer.mirror import HandoffMirror
-from kv_transfer.ownership import OpenStore, connected
+from kv_transfer.ownership.membership import Membership, running
+from kv_transfer.ownership.mirror import HandoffMirror
+from kv_transfer.ownership.store import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory, RowMemory
 from kv_transfer.receiver import Receiver
 from kv_transfer.selftest import round_trip

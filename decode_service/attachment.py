@@ -15,7 +15,7 @@ from decode_service.session import NOBODY, RouterSession
 from decode_service.stream import AttachKey, Ended, Phase, Stream
 from decode_service.streams import Streams
 from isthmus.errors import IndexOutOfRange, StreamGone
-from isthmus.serving import until_none_left
+from isthmus.process.serving import until_none_left
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2
 

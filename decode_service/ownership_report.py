@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from kv_transfer.mirror import HandoffMirror
-from kv_transfer.ownership import HandoffRecord, OwnershipStore, Transition
+from kv_transfer.ownership.mirror import HandoffMirror
+from kv_transfer.ownership.store import HandoffRecord, OwnershipStore, Transition
 from kv_transfer.transfers import StateChange
 
 TTL_S = 30.0  # bounds what a killed worker leaves behind

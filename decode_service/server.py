@@ -13,9 +13,9 @@ from decode_service.session import RouterSession
 from decode_service.stream import AttachKey, Phase
 from decode_service.streams import Streams, Terms
 from isthmus import convert
-from isthmus.admin import Identity
 from isthmus.errors import InvalidRequest, IsthmusError, RequestCancelled, StaleOwner, WorkersUnavailable
 from isthmus.log import get_logger
+from isthmus.process.admin import Identity
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 

@@ -16,8 +16,8 @@ from decode_service.worker import StepLoop
 from isthmus.engine.engine import Engine
 from isthmus.errors import DataLoss, Draining, IsthmusError, Overloaded, RequestCancelled, StaleOwner
 from isthmus.ids import new_transfer_id
+from isthmus.process.worker_context import WorkerContext
 from isthmus.types import FinishReason, Request, Token
-from isthmus.worker_context import WorkerContext
 from kv_transfer.counters import Counters
 from kv_transfer.coverage import clipped
 from kv_transfer.events import ClaimedTransfer, FailedTransfer

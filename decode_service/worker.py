@@ -19,9 +19,9 @@ from isthmus.engine.decoding import Done, FromPrevious, PendingStep, needs_its_t
 from isthmus.engine.engine import Engine
 from isthmus.errors import NonFiniteLogits
 from isthmus.log import get_logger
-from isthmus.stopping import is_full
+from isthmus.process.worker_context import WorkerContext
+from isthmus.text.finish import is_full
 from isthmus.types import FinishReason, Token
-from isthmus.worker_context import WorkerContext
 
 IDLE_WAIT_S = 0.2
 log = get_logger("decode.worker")

@@ -3,7 +3,7 @@
 from dataclasses import asdict, fields
 from typing import Any
 
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from isthmus.types import BlockCounts, Extent, FinishReason, Request, SamplingParams, Token, TransferTarget
 from isthmus.v1 import admin_pb2, decode_pb2, prefill_pb2, types_pb2
 

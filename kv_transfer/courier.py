@@ -17,7 +17,7 @@ from kv_transfer.outgoing import OutgoingTransfer
 from kv_transfer.pool_memory import RowMemory
 from kv_transfer.sockets import Context
 from kv_transfer.staging import Staging
-from kv_transfer.wake import Waker
+from kv_transfer.waker import Waker
 
 _ORPHAN_MS = 5  # how often memory that a closed link still reads is looked at
 _MAX_BURST = 8  # frames sent before answers and commands get their turn

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import replace
 
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from isthmus.types import Extent
 
 Place = tuple[int, int]  # (plane, layer)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from isthmus.kv_layout import WIRE_VERSION
+from isthmus.kv.layout import WIRE_VERSION
 
 MAGIC = b"ISKV"
 MAX_BODY_BYTES = 4 * 2**20

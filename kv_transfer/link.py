@@ -10,8 +10,8 @@ from zmq.utils.monitor import parse_monitor_message
 
 from isthmus.failpoints import Failpoints
 from isthmus.types import Extent, TransferTarget
+from kv_transfer.faulty_wire import HarmedWire
 from kv_transfer.frames import MAX_BODY_BYTES, Buffer, FrameHeader, FrameKind, FrameName, is_intact, seal
-from kv_transfer.harm import HarmedWire
 from kv_transfer.messages import decode_credit, encode_credit
 from kv_transfer.outgoing import OutgoingTransfer
 from kv_transfer.sockets import Context, open_dealer

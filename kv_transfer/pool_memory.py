@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from kv_transfer.coverage import Interval, Place
 from kv_transfer.frames import Buffer
 

@@ -16,13 +16,13 @@ from kv_transfer.allocator import keep_freed_memory
 from kv_transfer.counters import Counters
 from kv_transfer.events import DEFAULT_OPTIONS, ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
 from kv_transfer.frames import MAX_BODY_BYTES, BadFrame, FrameHeader, FrameKind, FrameName, Refusal, is_intact
-from kv_transfer.handoff import HandoffState
 from kv_transfer.messages import Abort, Commit, decode_credit
+from kv_transfer.ownership.handoff import HandoffState
 from kv_transfer.pool_memory import RowMemory
 from kv_transfer.replies import Replies
 from kv_transfer.sockets import bind_router
 from kv_transfer.transfers import Accept, IncomingTransfer, IncomingTransfers, Reservation, StateChange
-from kv_transfer.wake import Waker
+from kv_transfer.waker import Waker
 
 _TICK_MS = 100  # resolution of fill deadlines
 _MAX_BURST = 32  # messages taken before notices and deadlines get their turn

@@ -7,7 +7,7 @@ from contextlib import closing
 
 from isthmus.errors import TransferIncomplete
 from isthmus.ids import new_incarnation, new_transfer_id
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.courier import SenderOptions

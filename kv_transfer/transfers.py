@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from isthmus.errors import Overloaded, StaleOwner
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from isthmus.types import Extent
 from kv_transfer.coverage import Coverage, Interval, clipped, normalised
 from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, Refusal
-from kv_transfer.handoff import HandoffState, is_allowed
 from kv_transfer.messages import Commit
+from kv_transfer.ownership.handoff import HandoffState, is_allowed
 
 if TYPE_CHECKING:
     from isthmus.clock import Clock

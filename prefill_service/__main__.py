@@ -3,8 +3,8 @@
 import sys
 
 from isthmus.config import PrefillConfig
-from isthmus.serving import run_service
-from kv_transfer.ownership_redis import RedisOwnership
+from isthmus.process.serving import run_service
+from kv_transfer.ownership.redis import RedisOwnership
 from prefill_service.app import PrefillWorker
 
 sys.setswitchinterval(5e-4)  # the sender wakes while a layer computes

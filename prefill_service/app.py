@@ -5,17 +5,17 @@ import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
 
-from isthmus.admin import ServiceHooks
 from isthmus.config import PrefillConfig
 from isthmus.engine.engine import Engine
 from isthmus.log import get_logger
-from isthmus.serving import Face, Stop, serve_until_signal
+from isthmus.process.admin import ServiceHooks
+from isthmus.process.serving import Face, Stop, serve_until_signal
+from isthmus.process.worker_context import WorkerContext
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
-from isthmus.worker_context import WorkerContext
-from isthmus.worker_engine import device_memory, engine_status, open_engine, transfer_memory
+from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
 from kv_transfer.courier import SenderOptions
-from kv_transfer.membership import Membership
-from kv_transfer.ownership import OpenStore, connected
+from kv_transfer.ownership.membership import Membership
+from kv_transfer.ownership.store import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.selftest import round_trip
 from kv_transfer.sender import Sender

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence as Ordered
 
-from isthmus.kv_layout import KvLayout
-from isthmus.worker_context import WorkerContext
+from isthmus.kv.layout import KvLayout
+from isthmus.process.worker_context import WorkerContext
 from prefill_service.sequence import Chunk, Sequence
 
 

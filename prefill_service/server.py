@@ -9,7 +9,7 @@ from isthmus.clock import Clock
 from isthmus.convert import request_from_proto, target_from_proto
 from isthmus.engine.engine import Engine
 from isthmus.errors import Draining, InvalidRequest, IsthmusError, LayoutMismatch, StaleOwner, WorkersUnavailable
-from isthmus.serving import until_none_left
+from isthmus.process.serving import until_none_left
 from isthmus.types import Request, TransferTarget
 from isthmus.v1 import prefill_pb2, prefill_pb2_grpc
 from prefill_service.sequence import Event, Sequence

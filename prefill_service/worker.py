@@ -13,10 +13,10 @@ from isthmus.engine.runner import TILE, PrefillChunk
 from isthmus.engine.sampler import SamplingInput, sample
 from isthmus.errors import DeadlinePassed, IsthmusError, NoFreeBlocks, NonFiniteLogits, Overloaded, RequestCancelled
 from isthmus.log import get_logger
-from isthmus.stopping import finish_reason
+from isthmus.process.worker_context import WorkerContext
+from isthmus.text.finish import finish_reason
 from isthmus.types import Token
 from isthmus.v1 import prefill_pb2
-from isthmus.worker_context import WorkerContext
 from kv_transfer.outgoing import TransferOutcome
 from kv_transfer.sender import Sender
 from prefill_service.publish import Abandoned, publish_layer, send_cached_prefix

@@ -4,27 +4,27 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from isthmus.admin import Identity, ServiceHooks
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
+from isthmus.checkpoint.hub import model_name
 from isthmus.clock import SystemClock
 from isthmus.config import RouterConfig
 from isthmus.failpoints import Failpoints
-from isthmus.health import HealthState
-from isthmus.hub import model_name
 from isthmus.ids import new_incarnation
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
-from isthmus.rpc import PUBLIC_RECEIVE_BYTES, channel
-from isthmus.serving import Face, Stop, serve_until_signal
-from isthmus.tokenizer import Tokenizer
+from isthmus.process.admin import Identity, ServiceHooks
+from isthmus.process.health import HealthState
+from isthmus.process.rpc import PUBLIC_RECEIVE_BYTES, channel
+from isthmus.process.serving import Face, Stop, serve_until_signal
+from isthmus.text.tokenizer import Tokenizer
+from isthmus.text.workers import TextWorkers
 from isthmus.v1 import admin_pb2
-from kv_transfer.ownership import OpenStore, connected
+from kv_transfer.ownership.store import OpenStore, connected
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchSettings
 from router.locate import Locator
 from router.placement import Placement
 from router.server import SERVICE, Backend, InferenceServer
-from router.text import TextWorkers
 from router.validate import ModelFacts
 from router.worker_pool import WorkerPool
 

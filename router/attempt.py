@@ -4,7 +4,7 @@ import asyncio
 
 from isthmus.convert import finish_reason_from_proto
 from isthmus.errors import DataLoss, DeadlinePassed, Draining, IsthmusError, TransferIncomplete
-from isthmus.rpc_errors import typed_error
+from isthmus.process.rpc_errors import typed_error
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, prefill_pb2
 from router.delivery import Delivery, Timeline

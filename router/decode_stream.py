@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from google.protobuf.message import Message
 
 from isthmus.errors import AttachedElsewhere, IsthmusError, WorkersUnavailable
-from isthmus.rpc_errors import typed_error
+from isthmus.process.rpc_errors import typed_error
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2
 from router.inbox import Event, Failed, Source

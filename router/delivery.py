@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from isthmus.detokenizer import Detokenizer
 from isthmus.errors import InvalidRequest
-from isthmus.stopping import finish_reason
+from isthmus.text.detokenizer import Detokenizer
+from isthmus.text.finish import finish_reason
 from isthmus.types import FinishReason, Request
 from isthmus.v1 import inference_pb2, prefill_pb2, types_pb2
 from router.merge import TokenMerge

@@ -8,7 +8,7 @@ from isthmus.clock import Clock
 from isthmus.errors import IsthmusError, StreamGone, WorkersUnavailable
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2
-from kv_transfer.ownership import StoreUnavailable
+from kv_transfer.ownership.store import StoreUnavailable
 from router.inbox import Inbox, Source
 from router.placement import DecodePlace
 from router.worker_pool import WorkerPool

@@ -7,13 +7,13 @@ from isthmus.config import RouterConfig
 from isthmus.convert import request_from_proto
 from isthmus.errors import InvalidRequest
 from isthmus.ids import new_request_id, new_seed
+from isthmus.text.workers import TextWorkers
 from isthmus.types import Request
 from isthmus.v1 import inference_pb2
 from router.attendance import Attendance
 from router.call import Call
 from router.delivery import Delivery, Timeline
 from router.placement import DecodePlace
-from router.text import TextWorkers
 from router.validate import ModelFacts, check_chat, check_request, complete_sampling, parse_request, retention_s
 
 

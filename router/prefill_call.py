@@ -8,7 +8,7 @@ import grpc.aio
 
 from isthmus.errors import IsthmusError, RequestCancelled, WorkerLost
 from isthmus.log import get_logger
-from isthmus.rpc_errors import error_from_rpc
+from isthmus.process.rpc_errors import error_from_rpc
 from isthmus.v1 import prefill_pb2
 from router.inbox import Failed, Source
 from router.placement import PrefillPlace

@@ -21,7 +21,8 @@ from isthmus.errors import (
     WorkersUnavailable,
 )
 from isthmus.metrics import Metrics
-from isthmus.serving import until_none_left
+from isthmus.process.serving import until_none_left
+from isthmus.text.workers import TextWorkers
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 from router.attendance import Attendance, Context
 from router.call import Call
@@ -29,7 +30,6 @@ from router.dispatch import Dispatch
 from router.interrupt import Interruptible
 from router.locate import Locator
 from router.open_call import CallOpener, encode
-from router.text import TextWorkers
 from router.validate import ModelFacts, check_model, check_resume, check_token_ids
 
 SERVICE = "isthmus.v1.InferenceService"

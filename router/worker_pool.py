@@ -11,7 +11,7 @@ from isthmus.convert import block_counts_to_proto
 from isthmus.ledger import Ledger
 from isthmus.log import get_logger
 from isthmus.v1 import admin_pb2, decode_pb2_grpc, prefill_pb2_grpc
-from kv_transfer.ownership import OwnershipStore, StoreUnavailable, WorkerRecord
+from kv_transfer.ownership.store import OwnershipStore, StoreUnavailable, WorkerRecord
 from router.session import Session, SessionPeer
 from router.workers import UNLISTED_S, DecodeWorker, PrefillWorker, is_hung, numerics_class
 

@@ -7,7 +7,7 @@ import grpc.aio
 
 from isthmus.errors import WorkerLost
 from isthmus.v1 import prefill_pb2_grpc
-from kv_transfer.ownership import WorkerRecord
+from kv_transfer.ownership.store import WorkerRecord
 from router.inbox import Failed, Source
 from router.policy import LOST_S, NO_NEW_WORK_S, DecodeView, NumericsClass, PrefillView
 from router.session import Session

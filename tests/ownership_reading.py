@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from kv_transfer.handoff import HandoffState
-from kv_transfer.ownership import HandoffRecord
-from kv_transfer.ownership_redis import RedisOwnership
-from kv_transfer.records import BadRecord, check_incarnation
+from kv_transfer.ownership.handoff import HandoffState
+from kv_transfer.ownership.records import BadRecord, check_incarnation
+from kv_transfer.ownership.redis import RedisOwnership
+from kv_transfer.ownership.store import HandoffRecord
 
 
 class ReadableOwnership(RedisOwnership):

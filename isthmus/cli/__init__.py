@@ -11,7 +11,7 @@ from isthmus.cli import arguments, demo, explain, generate, model, status, up
 from isthmus.cli.supervisor import StackFailed
 from isthmus.config import EXIT_CANNOT_START
 from isthmus.errors import CannotStart, IsthmusError
-from isthmus.rpc_errors import error_from_rpc
+from isthmus.process.rpc_errors import error_from_rpc
 
 EXIT_UNREAD = 141  # as a shell reports SIGPIPE
 _COMMANDS = {

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from isthmus.checkpoint import BUNDLED
+from isthmus.checkpoint.directory import BUNDLED
+from isthmus.checkpoint.hub import parse_id
 from isthmus.cli.hub_model import pinned
 from isthmus.cli.stack import StackSpec
 from isthmus.errors import CannotStart
-from isthmus.hub import parse_id
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

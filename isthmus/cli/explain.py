@@ -14,7 +14,7 @@ from isthmus.cli.probe import Probe
 from isthmus.cli.state import newest_stack
 from isthmus.cli.timeline import Event, Timeline
 from isthmus.errors import WorkersUnavailable
-from isthmus.rpc import channel
+from isthmus.process.rpc import channel
 from isthmus.v1 import admin_pb2, admin_pb2_grpc
 
 _TIMEOUT_S = 2.0  # for each process

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from isthmus.checkpoint import TensorEntry
-from isthmus.hub import HubId, fetch, named_failures, parse_id
+from isthmus.checkpoint.directory import TensorEntry
+from isthmus.checkpoint.hub import HubId, fetch, named_failures, parse_id
 
 
 def pinned(model: str) -> str:

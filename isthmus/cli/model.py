@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from isthmus.checkpoint import resolve_model
+from isthmus.checkpoint.directory import resolve_model
+from isthmus.checkpoint.model_config import Experts, ModelConfig
 from isthmus.cli.model_check import Parameters, Plan, Report, Serving, Weights, check_model, shown_bytes
 from isthmus.errors import CannotStart
-from isthmus.model_config import Experts, ModelConfig
 
 _COLUMN = 14
 

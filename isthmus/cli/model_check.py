@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from isthmus import hub
-from isthmus.checkpoint import TensorEntry, read_tensors, resolve_model
+from isthmus.checkpoint import hub
+from isthmus.checkpoint.directory import TensorEntry, read_tensors, resolve_model
+from isthmus.checkpoint.model_config import ModelConfig, parse_config, token_ids
+from isthmus.checkpoint.tensor_names import find_faults, model_shapes
 from isthmus.cli.hub_model import fetch_headers
 from isthmus.errors import CannotStart
-from isthmus.kv_layout import DTYPE_BYTES, KvLayout, Plane, PlaneKind
-from isthmus.model_config import ModelConfig, parse_config, token_ids
-from isthmus.tensor_names import find_faults, model_shapes
-from isthmus.tokenizer import NoTokenizer, Tokenizer
+from isthmus.kv.layout import DTYPE_BYTES, KvLayout, Plane, PlaneKind
+from isthmus.text.tokenizer import NoTokenizer, Tokenizer
 
 _FP8: Final = "F8_E4M3"
 _CANNOT_START: Final = "cannot start: model: "

@@ -6,7 +6,7 @@ from typing import Any
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from isthmus.rpc import channel
+from isthmus.process.rpc import channel
 from isthmus.v1 import admin_pb2, admin_pb2_grpc
 
 _TIMEOUT_S = 1.0

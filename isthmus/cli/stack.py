@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from isthmus.cli import redis_server
-from isthmus.rpc import bound_socket
+from isthmus.process.rpc import bound_socket
 
 HOST = "127.0.0.1"
 _MODULES = {"router": "router", "prefill": "prefill_service", "decode": "decode_service"}

@@ -17,7 +17,7 @@ from isthmus.cli.supervisor import StackFailed, Supervision, Supervisor
 
 _UP, _CLEAR_BELOW = "\x1b[A", "\x1b[J"
 _BAR_WIDTH = 30
-_LOADED = re.compile(r"weights loaded: ([\d,]+) of ([\d,]+) MiB")  # isthmus.worker_engine says so
+_LOADED = re.compile(r"weights loaded: ([\d,]+) of ([\d,]+) MiB")  # isthmus.worker.engine_start says so
 
 
 async def run(parsed: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from isthmus.client.generation import Chunk, Generation
 from isthmus.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, Message, chat_of, request_of
 from isthmus.clock import Clock, SystemClock
 from isthmus.errors import WorkerLost, WorkersUnavailable
-from isthmus.rpc import channel
+from isthmus.process.rpc import channel
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 
 

@@ -23,7 +23,7 @@ from isthmus.errors import (
     WorkerLost,
     WorkersUnavailable,
 )
-from isthmus.rpc_errors import error_from_rpc
+from isthmus.process.rpc_errors import error_from_rpc
 
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 0.5
 SUSPECT_S = 2.0  # a router that failed is asked last for so long

@@ -24,7 +24,7 @@ from isthmus.client.generation import Chunk, Generation
 from isthmus.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, Message, chat_of, request_of
 from isthmus.clock import Clock, SystemClock
 from isthmus.errors import WorkerLost
-from isthmus.rpc import CHANNEL_OPTIONS
+from isthmus.process.rpc import CHANNEL_OPTIONS
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 
 

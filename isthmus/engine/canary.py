@@ -9,9 +9,9 @@ from typing import Final
 
 import torch
 
-from isthmus.engine.block_pool import BlockPool
 from isthmus.engine.runner import LATENT_PLANE, DecodeRow, PrefillChunk, StepRunner
 from isthmus.errors import CannotStart, NoFreeBlocks
+from isthmus.kv.block_pool import BlockPool
 from kernels.ref import TILE
 
 _PROMPT_TOKENS: Final = 3 * TILE

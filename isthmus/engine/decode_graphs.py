@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from isthmus.engine.runner import DecodeRow
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from isthmus.model.triton_layers import Rows
 from isthmus.model.triton_model import DecodeInputs, TritonModel
 from kernels.mla_schedule import MAX_ROWS, DecodeScratch

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from isthmus.checkpoint import Checkpoint
-from isthmus.engine.block_pool import BlockPool, prefix_hashes
+from isthmus.checkpoint.directory import Checkpoint
+from isthmus.checkpoint.model_config import ModelConfig
 from isthmus.engine.canary import Numerics, run_canary
 from isthmus.engine.decoding import Decoder
 from isthmus.engine.latent_cache import TORCH_DTYPES, LatentCache
@@ -17,10 +17,10 @@ from isthmus.engine.memory_profile import profile_steps
 from isthmus.engine.open_runner import open_decoder, open_runner
 from isthmus.engine.runner import StepRunner
 from isthmus.errors import CannotStart
-from isthmus.kv_layout import KvLayout, Plane, PlaneKind
+from isthmus.kv.block_pool import BlockPool, prefix_hashes
+from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.log import get_logger
 from isthmus.model import Model, Progress, load_model
-from isthmus.model_config import ModelConfig
 from kernels.ref import TILE
 from kernels.ref_latents import fp8_row_bytes
 

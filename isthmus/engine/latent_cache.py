@@ -3,7 +3,7 @@
 import torch
 
 from isthmus.errors import NotYet
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from isthmus.model.step import CacheShape
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}

@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
+from isthmus.checkpoint.model_config import ModelConfig
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.runner import DecodeRow, OnLayer, PrefillChunk, StepRunner
 from isthmus.errors import CannotStart
-from isthmus.kv_layout import KvLayout
-from isthmus.model_config import ModelConfig
+from isthmus.kv.layout import KvLayout
 
 FRACTION = 0.92  # of what is free beside the weights; the rest is for transfers, other libraries and fragmentation
 

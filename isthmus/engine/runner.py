@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from isthmus.checkpoint.model_config import ModelConfig
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from isthmus.model import Model
 from isthmus.model.step import DecodeRow, PrefillChunk, decode_step, prefill_step
-from isthmus.model_config import ModelConfig
 from kernels.ref import TILE
 
 __all__ = ["TILE", "DecodeRow", "PrefillChunk", "Runner", "StepRunner"]

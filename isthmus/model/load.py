@@ -11,14 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
+from isthmus.checkpoint.model_config import Experts, ModelConfig
+from isthmus.checkpoint.tensor_names import check_tensors
 from isthmus.model.attention import Attention
 from isthmus.model.mlp import DenseMlp, ExpertsMlp
 from isthmus.model.model import Layer, Model
 from isthmus.model.rope import position_tables
 from isthmus.model.weights import Part, Progress, Weights
-from isthmus.model_config import Experts, ModelConfig
-from isthmus.tensor_names import check_tensors
 from kernels import ref
 
 # transformers builds q_a_layernorm and kv_a_layernorm with RMSNorm's default, whatever rms_norm_eps says.

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isthmus.checkpoint.model_config import ModelConfig
 from isthmus.model.attention import Attention, attend_decode, attend_prefill, project_and_store
 from isthmus.model.mlp import Mlp
 from isthmus.model.rope import PositionTables
 from isthmus.model.step import DecodeStep, PrefillStep, StepRows
-from isthmus.model_config import ModelConfig
 from kernels import ref
 
 

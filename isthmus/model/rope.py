@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from isthmus.model_config import ModelConfig
-from isthmus.rope_config import Rope
+from isthmus.checkpoint.model_config import ModelConfig
+from isthmus.checkpoint.rope_config import Rope
 
 
 class PositionTables(NamedTuple):

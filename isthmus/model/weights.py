@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from isthmus.checkpoint import Checkpoint, TensorEntry
+from isthmus.checkpoint.directory import Checkpoint, TensorEntry
 from isthmus.errors import CannotStart
 from isthmus.model.linear import Experts, Fp8Experts, Fp8Linear, Linear
 from kernels import ref

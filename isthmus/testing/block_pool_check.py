@@ -2,7 +2,7 @@
 
 # ruff: noqa: SLF001
 # pyright: reportPrivateUsage=false
-from isthmus.engine.block_pool import BlockPool
+from isthmus.kv.block_pool import BlockPool
 
 
 def check_partition(pool: BlockPool) -> None:

@@ -6,14 +6,14 @@ import signal
 import sys
 from collections.abc import AsyncGenerator
 
-from isthmus.admin import Identity, ServiceHooks
 from isthmus.config import DecodeConfig
 from isthmus.errors import CannotStart
-from isthmus.health import HealthState
 from isthmus.ids import new_incarnation
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
-from isthmus.serving import Face, Stop, run_service, serve_until_signal
+from isthmus.process.admin import Identity, ServiceHooks
+from isthmus.process.health import HealthState
+from isthmus.process.serving import Face, Stop, run_service, serve_until_signal
 from isthmus.v1 import admin_pb2
 
 

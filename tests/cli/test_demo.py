@@ -11,7 +11,7 @@ import pytest
 
 from isthmus.cli import arguments, demo
 from isthmus.errors import Overloaded
-from isthmus.rpc import bind_grpc, create_server
+from isthmus.process.rpc import bind_grpc, create_server
 from isthmus.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
 GONE = 2**22 + 1  # above the kernel's largest pid

@@ -12,7 +12,7 @@ import pytest
 from isthmus.cli import main
 from isthmus.cli.timeline import Event, Timeline
 from isthmus.client import AsyncClient
-from isthmus.rpc import bind_grpc, create_server
+from isthmus.process.rpc import bind_grpc, create_server
 from isthmus.testing.stack import running_stack
 from isthmus.v1 import admin_pb2, admin_pb2_grpc
 

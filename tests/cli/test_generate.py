@@ -14,7 +14,7 @@ import pytest
 
 from isthmus.cli import main
 from isthmus.errors import InvalidRequest
-from isthmus.rpc import bind_grpc, create_server
+from isthmus.process.rpc import bind_grpc, create_server
 from isthmus.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
 LOGPROB = struct.unpack("<f", struct.pack("<f", -0.31))[0]

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
+from isthmus.checkpoint.model_config import parse_config
+from isthmus.checkpoint.tensor_names import model_shapes
 from isthmus.cli import arguments
 from isthmus.cli.model import run
 from isthmus.cli.model_check import Plan, Report, check_model, shown_bytes
 from isthmus.engine.engine import kv_layout
 from isthmus.model import load_model
-from isthmus.model_config import parse_config
-from isthmus.tensor_names import model_shapes
 from tests.model.hub_server import HubModel, serving
 from tools.checkpoints import Recipe, write_checkpoint
 from tools.checkpoints.recipe import raw_config

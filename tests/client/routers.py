@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from isthmus.rpc import bind_grpc, create_server
+from isthmus.process.rpc import bind_grpc, create_server
 from isthmus.testing.relay import Relay, relayed_port
 from isthmus.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 

@@ -14,7 +14,7 @@ from isthmus.engine.decoding import FromPrevious, OnLayer, StepResult, StepRow, 
 from isthmus.engine.engine import Engine
 from isthmus.engine.runner import DecodeRow
 from isthmus.engine.sampler import SamplingInput, sample
-from isthmus.stopping import finish_reason, is_full
+from isthmus.text.finish import finish_reason, is_full
 from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import decode_pb2, types_pb2
 from tests.decode import test_any_order as any_order

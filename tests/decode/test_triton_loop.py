@@ -10,7 +10,6 @@ from functools import cache
 import pytest
 import torch
 
-from isthmus.engine.block_pool import BlockPool
 from isthmus.engine.canary import Numerics
 from isthmus.engine.engine import USUAL_LIMITS, Engine, kv_layout
 from isthmus.engine.latent_cache import LatentCache
@@ -18,6 +17,7 @@ from isthmus.engine.open_runner import open_decoder
 from isthmus.engine.runner import Runner, StepRunner
 from isthmus.engine.triton_decoder import TritonDecoder
 from isthmus.engine.triton_runner import TritonRunner
+from isthmus.kv.block_pool import BlockPool
 from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import types_pb2
 from tests.decode import world as world_module

@@ -14,32 +14,32 @@ from decode_service.ownership_report import OwnershipReport
 from decode_service.server import DecodeServer
 from decode_service.streams import Streams
 from decode_service.worker import StepLoop
-from isthmus.admin import Identity
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.clock import Clock
 from isthmus.convert import request_to_proto, target_from_proto, token_from_proto
 from isthmus.engine.engine import Engine
 from isthmus.engine.runner import DecodeRow, PrefillChunk
 from isthmus.engine.sampler import SamplingInput, sample
 from isthmus.failpoints import Failpoints
-from isthmus.health import HealthState, ProgressWatch
 from isthmus.ids import new_incarnation
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
+from isthmus.process.admin import Identity
+from isthmus.process.health import HealthState, ProgressWatch
+from isthmus.process.worker_context import WorkerContext
 from isthmus.testing.block_pool_check import check_partition
 from isthmus.testing.manual_clock import ManualClock
 from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import decode_pb2, types_pb2
-from isthmus.worker_context import WorkerContext
-from isthmus.worker_engine import transfer_memory
+from isthmus.worker.engine_start import transfer_memory
 from kv_transfer.events import ReceiverOptions, TransferEvents
-from kv_transfer.mirror import HandoffMirror
 from kv_transfer.outgoing import OutgoingTransfer, TransferOutcome
+from kv_transfer.ownership.memory import MemoryOwnership
+from kv_transfer.ownership.mirror import HandoffMirror
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver
 from kv_transfer.sender import Sender
 from tests.engine.engines import poison
-from tests.ownership_memory import MemoryOwnership
 
 WAIT_S = 20.0
 SEEDED = SamplingParams(

@@ -6,9 +6,9 @@ import random
 import psutil
 import redis.asyncio
 
-from isthmus.engine.block_pool import prefix_hashes
+from isthmus.kv.block_pool import prefix_hashes
 from isthmus.testing.stack import Client, Stack, ledger, request, status, until
-from kv_transfer.ownership_redis import RedisOwnership
+from kv_transfer.ownership.redis import RedisOwnership
 
 
 async def watch_states(url: str, seen: dict[str, set[bytes]], stop: asyncio.Event) -> None:

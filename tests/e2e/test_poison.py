@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import pytest
 
-from isthmus.rpc_errors import error_from_rpc
+from isthmus.process.rpc_errors import error_from_rpc
 from isthmus.testing.stack import Client, request, running_stack
 
 

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import redis
 
-from isthmus.rpc_errors import error_from_rpc
+from isthmus.process.rpc_errors import error_from_rpc
 from isthmus.testing.stack import Client, Result, Stack, request, running_stack, status, until
 from isthmus.v1 import inference_pb2, types_pb2
 

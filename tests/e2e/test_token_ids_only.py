@@ -5,7 +5,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from isthmus.checkpoint import resolve_model
+from isthmus.checkpoint.directory import resolve_model
 from isthmus.testing.stack import Client, Stack, request, running_stack
 
 PROMPT = [5, 17, 300, 41, 8, 99]

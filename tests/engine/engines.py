@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.engine import Engine
 from isthmus.engine.runner import DecodeRow, PrefillChunk
 

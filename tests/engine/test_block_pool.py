@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from isthmus.engine.block_pool import BlockPool, prefix_hashes
 from isthmus.errors import NoFreeBlocks
+from isthmus.kv.block_pool import BlockPool, prefix_hashes
 from isthmus.testing.block_pool_check import check_partition
 from isthmus.types import BlockCounts
 

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from isthmus.engine.block_pool import BlockPool
 from isthmus.engine.canary import run_canary
 from isthmus.engine.runner import Runner
 from isthmus.errors import CannotStart
+from isthmus.kv.block_pool import BlockPool
 from tests.engine.engines import bundled_engine, poison
 
 

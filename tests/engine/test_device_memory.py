@@ -10,7 +10,7 @@ import torch
 from isthmus.engine import device_memory
 from isthmus.engine.device_memory import DeviceMemory
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.kv_layout import KvLayout, Plane, PlaneKind
+from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from kernels import blocks
 from kv_transfer.pool_memory import PoolMemory, RowMemory
 from tests.conftest import has_cuda

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.config import DecodeConfig, load
 from isthmus.engine.engine import Engine
 from isthmus.errors import CannotStart
-from isthmus.worker_engine import open_engine
+from isthmus.worker.engine_start import open_engine
 from tests.engine.engines import bundled_engine
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 import isthmus
 import kernels.table
 from benchmarks.random_model import RandomWeights
+from isthmus.checkpoint.model_config import ModelConfig, parse_config
 from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.triton_decoder import TritonDecoder
 from isthmus.engine.triton_runner import TritonRunner
 from isthmus.model.linear import Fp8Experts, Fp8Linear
 from isthmus.model.load import assemble
-from isthmus.model_config import ModelConfig, parse_config
 from kernels.lang import INTERPRETED
 from tools.checkpoints.published import PUBLISHED
 

@@ -7,13 +7,13 @@ from typing import cast
 import pytest
 import torch
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.config import DecodeConfig, PrefillConfig, load
 from isthmus.engine.engine import Engine, kv_layout, stored_as
 from isthmus.engine.memory_profile import FRACTION, MemoryProfile, _prefill
 from isthmus.engine.runner import PrefillChunk, StepRunner
 from isthmus.errors import CannotStart
-from isthmus.worker_engine import CPU_CACHE_BYTES, open_engine
+from isthmus.worker.engine_start import CPU_CACHE_BYTES, open_engine
 
 GIB = 1 << 30
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.decode_graphs import buckets
 from isthmus.engine.decoding import FromPrevious, StepRow
 from isthmus.engine.engine import kv_layout

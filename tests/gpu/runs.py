@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import Checkpoint, resolve_model
+from isthmus.checkpoint.directory import Checkpoint, resolve_model
 from isthmus.engine.engine import Engine, StepLimits
 from isthmus.engine.runner import DecodeRow, PrefillChunk
-from isthmus.tokenizer import Tokenizer
+from isthmus.text.tokenizer import Tokenizer
 from tests.e2e.prompts import TEXT_PROMPTS
 from tests.engine.engines import prompt
 

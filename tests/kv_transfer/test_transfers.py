@@ -12,8 +12,8 @@ from isthmus.ids import new_transfer_id
 from isthmus.types import Extent, Token
 from kv_transfer.coverage import Coverage, clipped, normalised
 from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, Refusal
-from kv_transfer.handoff import TRANSITIONS, HandoffState, is_allowed
 from kv_transfer.messages import Commit
+from kv_transfer.ownership.handoff import TRANSITIONS, HandoffState, is_allowed
 from kv_transfer.transfers import TOMBSTONE_S, Accept, IncomingTransfers, Reservation, StateChange
 from tests.kv_transfer.world import LAYOUT, PLACES, ManualClock, extents
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.ids import new_incarnation, new_transfer_id
-from isthmus.kv_layout import KvLayout, Plane, PlaneKind
+from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
+from isthmus.checkpoint.model_config import parse_config
+from isthmus.checkpoint.tensor_names import check_tensors
 from isthmus.errors import CannotStart
 from isthmus.model import load_model
-from isthmus.model_config import parse_config
-from isthmus.tensor_names import check_tensors
 from tests.model.small_models import edit_config, write_model, yarn
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.runner import DecodeRow, PrefillChunk, Runner

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.checkpoint.hub import HubId, model_name, parse_id
 from isthmus.cli.hub_model import pinned
-from isthmus.hub import HubId, model_name, parse_id
 from tests.model.hub_server import Hub, HubModel, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ LEFT_ALONE = {
 
 PROGRAM = """
 import json, resource, sys
-from isthmus import hub
+from isthmus.checkpoint import hub
 from isthmus.cli import hub_model
 from isthmus.errors import CannotStart
 call, model, max_file_bytes = sys.argv[1:]

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mistral4ForCausalLM
 
-from isthmus.checkpoint import Checkpoint
-from isthmus.model_config import parse_config
-from isthmus.tensor_names import check_tensors, model_shapes
-from isthmus.tokenizer import Tokenizer
+from isthmus.checkpoint.directory import Checkpoint
+from isthmus.checkpoint.model_config import parse_config
+from isthmus.checkpoint.tensor_names import check_tensors, model_shapes
+from isthmus.text.tokenizer import Tokenizer
 from isthmus.v1 import inference_pb2
 from tools.checkpoints import PUBLISHED, SCALES, Recipe, write_checkpoint
 from tools.checkpoints.recipe import raw_config

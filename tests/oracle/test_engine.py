@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from isthmus.checkpoint import Checkpoint, resolve_model
+from isthmus.checkpoint.directory import Checkpoint, resolve_model
 from isthmus.engine.engine import Engine
 from tests.oracle.configs import ARCHITECTURES
 from tests.oracle.models import Model, Write, load_oracle

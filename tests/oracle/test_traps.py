@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.runner import DecodeRow
 from isthmus.errors import CannotStart
 from tests.oracle.configs import LIKE_V3, SmallConfig, random_config

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from isthmus.config import PrefillConfig
-from isthmus.engine.block_pool import BlockPool
 from isthmus.engine.engine import Engine
 from isthmus.errors import IsthmusError
 from isthmus.failpoints import Failpoints
+from isthmus.kv.block_pool import BlockPool
 from isthmus.ledger import LedgerEvent
+from isthmus.process.worker_context import WorkerContext
 from isthmus.types import Extent, Request, SamplingParams, TransferTarget
-from isthmus.worker_context import WorkerContext
-from isthmus.worker_engine import transfer_memory
+from isthmus.worker.engine_start import transfer_memory
 from kv_transfer.courier import SenderOptions
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.sender import Sender

@@ -11,7 +11,7 @@ import pytest
 from isthmus.clock import SystemClock
 from isthmus.convert import request_to_proto
 from isthmus.failpoints import Failpoints
-from isthmus.rpc import bind_grpc, channel, create_server
+from isthmus.process.rpc import bind_grpc, channel, create_server
 from isthmus.types import Request, SamplingParams, TransferTarget
 from isthmus.v1 import prefill_pb2, prefill_pb2_grpc
 from prefill_service.server import PrefillServer

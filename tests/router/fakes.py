@@ -12,14 +12,16 @@ import grpc.aio
 from isthmus.clock import SystemClock
 from isthmus.config import RouterConfig
 from isthmus.convert import layout_to_proto
-from isthmus.detokenizer import Detokenizer
 from isthmus.errors import IsthmusError, NoFreeBlocks
 from isthmus.ids import new_incarnation, new_transfer_id
-from isthmus.kv_layout import KvLayout, Plane, PlaneKind
+from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
-from isthmus.rpc import PUBLIC_RECEIVE_BYTES, channel, create_server
-from isthmus.rpc_errors import error_from_rpc
+from isthmus.process.rpc import PUBLIC_RECEIVE_BYTES, channel, create_server
+from isthmus.process.rpc_errors import error_from_rpc
+from isthmus.text.detokenizer import Detokenizer
+from isthmus.text.vocabulary import Vocabulary
+from isthmus.text.workers import TextWorkers
 from isthmus.types import BlockCounts
 from isthmus.v1 import (
     decode_pb2,
@@ -30,17 +32,15 @@ from isthmus.v1 import (
     prefill_pb2_grpc,
     types_pb2,
 )
-from isthmus.vocabulary import Vocabulary
-from kv_transfer.ownership import WorkerLoad, WorkerRecord
+from kv_transfer.ownership.memory import MemoryOwnership
+from kv_transfer.ownership.store import WorkerLoad, WorkerRecord
 from router.admission import Admission
 from router.dispatch import Dispatch, DispatchSettings
 from router.locate import Locator
 from router.placement import Placement
 from router.server import Backend, InferenceServer
-from router.text import TextWorkers
 from router.validate import ModelFacts
 from router.worker_pool import WorkerPool
-from tests.ownership_memory import MemoryOwnership
 
 MODEL_DIGEST = "d" * 32
 NUMERICS = "n" * 32

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from isthmus.errors import InvalidRequest, IsthmusError
-from kv_transfer.ownership import StoreUnavailable, WorkerRecord
-from tests.ownership_memory import MemoryOwnership
+from kv_transfer.ownership.memory import MemoryOwnership
+from kv_transfer.ownership.store import StoreUnavailable, WorkerRecord
 from tests.router.fakes import SCRIPT, Cluster, RunningRouter, ask, rest, running_router, until
 
 

@@ -8,7 +8,7 @@ import grpc.aio
 import pytest
 
 from isthmus.errors import AttachedElsewhere, Draining, IsthmusError, RequestKillsWorkers
-from isthmus.rpc_errors import error_from_rpc
+from isthmus.process.rpc_errors import error_from_rpc
 from isthmus.v1 import decode_pb2, inference_pb2, types_pb2
 from tests.router.fakes import (
     SCRIPT,

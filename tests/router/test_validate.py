@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import InvalidRequest, IsthmusError
-from isthmus.rpc import channel
-from isthmus.rpc_errors import error_from_rpc
+from isthmus.process.rpc import channel
+from isthmus.process.rpc_errors import error_from_rpc
 from isthmus.v1 import inference_pb2, types_pb2
 from router.server import SERVICE
 from router.validate import check_request, complete_sampling, parse_request

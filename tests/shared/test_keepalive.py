@@ -11,8 +11,8 @@ import grpc.aio
 import pytest
 
 from isthmus.errors import WorkerLost
-from isthmus.rpc import bind_grpc, channel, create_server
-from isthmus.rpc_errors import error_from_rpc
+from isthmus.process.rpc import bind_grpc, channel, create_server
+from isthmus.process.rpc_errors import error_from_rpc
 from isthmus.testing.relay import Relay, relayed_port
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 

@@ -4,8 +4,8 @@ import io
 import json
 
 from isthmus import log
-from isthmus.health import HealthState, ProgressWatch, ServiceState
 from isthmus.metrics import Metrics
+from isthmus.process.health import HealthState, ProgressWatch, ServiceState
 
 
 class StoppedClock:

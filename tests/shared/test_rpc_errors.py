@@ -11,8 +11,8 @@ import pytest
 
 from isthmus import errors
 from isthmus.errors import FieldViolation, InvalidRequest, IsthmusError, Overloaded
-from isthmus.rpc import PUBLIC_RECEIVE_BYTES, bind_grpc, channel, create_server
-from isthmus.rpc_errors import error_from_rpc, error_from_status, status_of, typed_error
+from isthmus.process.rpc import PUBLIC_RECEIVE_BYTES, bind_grpc, channel, create_server
+from isthmus.process.rpc_errors import error_from_rpc, error_from_status, status_of, typed_error
 from isthmus.v1 import decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 

@@ -15,14 +15,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from isthmus.admin import Identity, ServiceHooks
 from isthmus.config import RouterConfig, load
 from isthmus.errors import CannotStart
-from isthmus.health import HealthState, ProgressWatch
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
-from isthmus.rpc import channel
-from isthmus.serving import Face, Stop, exit_status, serve_until_signal
+from isthmus.process.admin import Identity, ServiceHooks
+from isthmus.process.health import HealthState, ProgressWatch
+from isthmus.process.rpc import channel
+from isthmus.process.serving import Face, Stop, exit_status, serve_until_signal
 from isthmus.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 
 SERVICE = "isthmus.v1.InferenceService"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.tokenizer import Tokenizer
+from isthmus.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "isthmus" / "bundled"
 

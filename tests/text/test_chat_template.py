@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from isthmus.chat_template import ChatLimits, ChatTemplate
 from isthmus.errors import CannotStart, InvalidRequest
+from isthmus.text.chat_template import ChatLimits, ChatTemplate
 from isthmus.v1 import inference_pb2
 
 RENDER: Any = render_jinja_template

@@ -8,9 +8,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from isthmus.detokenizer import Detokenizer
-from isthmus.tokenizer import Tokenizer
-from isthmus.vocabulary import Vocabulary, read_vocabulary
+from isthmus.text.detokenizer import Detokenizer
+from isthmus.text.tokenizer import Tokenizer
+from isthmus.text.vocabulary import Vocabulary, read_vocabulary
 from tests.text.conftest import BUNDLED
 
 SCRIPTS = "naïve 東京都 한국어 ไทย हिन्दी 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 e\u0301\u0323 \u202eabc"
@@ -146,7 +146,7 @@ def test_a_stop_string_across_tokens() -> None:
 
 
 def detokenizer_result(text: str) -> object:
-    from isthmus.detokenizer import Released
+    from isthmus.text.detokenizer import Released
 
     return Released(text, stopped=False)
 

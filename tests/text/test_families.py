@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from isthmus.errors import CannotStart
-from isthmus.tokenizer import Tokenizer
+from isthmus.text.tokenizer import Tokenizer
 from isthmus.v1 import inference_pb2
 from tests.text.conftest import BUNDLED
 

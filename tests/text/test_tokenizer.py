@@ -12,9 +12,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.chat_template import ChatLimits, ChatTemplate
 from isthmus.errors import CannotStart, InvalidRequest
-from isthmus.tokenizer import Tokenizer
+from isthmus.text.chat_template import ChatLimits, ChatTemplate
+from isthmus.text.tokenizer import Tokenizer
 from isthmus.v1 import inference_pb2
 from tests.text.conftest import BUNDLED, deepseek_folder
 

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from isthmus.model_config import ModelConfig
+from isthmus.checkpoint.model_config import ModelConfig
 
 from .recipe import FP8_BLOCK
 

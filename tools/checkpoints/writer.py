@@ -14,8 +14,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from isthmus.model_config import ModelConfig, parse_config
-from isthmus.tensor_names import model_shapes
+from isthmus.checkpoint.model_config import ModelConfig, parse_config
+from isthmus.checkpoint.tensor_names import model_shapes
 
 from .recipe import FP8_BLOCK, Recipe, raw_config
 from .tokenizer import write_tokenizer

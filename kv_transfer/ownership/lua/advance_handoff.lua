@@ -4,7 +4,7 @@
 -- ARGV[2]  to             state it wants; equal to `from` for a rearm, which raises the attempt only
 -- ARGV[3]  attempt        integer; a lower one than the record's is refused
 -- ARGV[4]  prefill        incarnation that fills the blocks, or empty to leave it
--- ARGV[5]  transitions    the table of kv_transfer/handoff.py as " FROM>TO FROM>TO ", spaces at both ends
+-- ARGV[5]  transitions    the table of kv_transfer/ownership/handoff.py as " FROM>TO FROM>TO ", spaces at both ends
 -- ARGV[6]  final          1 if `to` is final
 -- Returns  1 applied, 0 refused, 2 unknown id
 if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then

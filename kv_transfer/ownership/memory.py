@@ -6,9 +6,8 @@ from typing import Generic, TypeVar
 
 from isthmus.clock import Clock, SystemClock
 from kv_transfer.counters import Counters
-from kv_transfer.handoff import is_allowed
-from kv_transfer.ownership import BlockSnapshot, HandoffRecord, Renewed, Transition, TransitionResult, WorkerRecord
-from kv_transfer.records import (
+from kv_transfer.ownership.handoff import is_allowed
+from kv_transfer.ownership.records import (
     decode_blocks,
     decode_stamp,
     decode_worker,
@@ -16,6 +15,14 @@ from kv_transfer.records import (
     encode_worker,
     read_record,
     read_workers,
+)
+from kv_transfer.ownership.store import (
+    BlockSnapshot,
+    HandoffRecord,
+    Renewed,
+    Transition,
+    TransitionResult,
+    WorkerRecord,
 )
 
 Value = TypeVar("Value")

@@ -1,7 +1,7 @@
 """Who is alive and who owns which blocks: discovery, placement hints and Resume look-up. Never a fence.
 
 The process that owns memory decides by itself; a store may be flushed, rolled back, slow, gone or lying. Redis and the
-twin that tests use in its place (`tests/ownership_memory.py`) obey one suite.
+twin that tests use in its place (`kv_transfer/ownership/memory.py`) obey one suite.
 """
 
 import asyncio
@@ -13,10 +13,10 @@ from typing import Protocol
 
 from isthmus.config import ServiceConfig
 from isthmus.errors import CannotStart, IsthmusError
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from isthmus.types import BlockCounts
 from kv_transfer.counters import Counters
-from kv_transfer.handoff import HandoffState
+from kv_transfer.ownership.handoff import HandoffState
 
 START_WAIT_S, START_POLL_S = 4.0, 0.2  # for a Redis that starts, or stands still, as this process does
 BLOCK_HASH_BYTES = 16

@@ -11,9 +11,9 @@ from typing import Any
 import grpc.aio
 
 from isthmus.clock import SystemClock
-from isthmus.health import HealthState
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
+from isthmus.process.health import HealthState
 from isthmus.v1 import admin_pb2, admin_pb2_grpc
 
 ADMIN_SERVICE = "isthmus.v1.AdminService"

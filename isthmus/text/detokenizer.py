@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isthmus.vocabulary import Vocabulary
+from isthmus.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from isthmus.config import WorkerConfig
-from isthmus.kv_layout import KvLayout
+from isthmus.kv.layout import KvLayout
 from isthmus.log import get_logger
+from isthmus.process.worker_context import WorkerContext
 from isthmus.types import BlockCounts
 from isthmus.v1 import admin_pb2
-from isthmus.worker_context import WorkerContext
-from kv_transfer.lease import LeaseKeeper
-from kv_transfer.mirror import HandoffMirror
-from kv_transfer.ownership import (
+from kv_transfer.ownership.leases import LeaseKeeper
+from kv_transfer.ownership.mirror import HandoffMirror
+from kv_transfer.ownership.store import (
     MAX_BLOCK_HASHES,
     BlockSnapshot,
     OpenStore,

@@ -8,9 +8,9 @@ from typing import TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from isthmus.kv_layout import DTYPE_BYTES
+from isthmus.kv.layout import DTYPE_BYTES
 from kv_transfer.counters import Counters
-from kv_transfer.ownership import (
+from kv_transfer.ownership.store import (
     BLOCK_HASH_BYTES,
     MAX_BLOCK_HASHES,
     SEQUENCE_BYTES,

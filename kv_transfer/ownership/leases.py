@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from isthmus.errors import IsthmusError
 from isthmus.failpoints import Failpoints
 from kv_transfer.counters import Counters
-from kv_transfer.ownership import BlockSnapshot, OwnershipStore, Renewed, WorkerRecord
+from kv_transfer.ownership.store import BlockSnapshot, OwnershipStore, Renewed, WorkerRecord
 
 _STOP_TIMEOUT_S = 2.0
 

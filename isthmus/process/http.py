@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from isthmus.health import HealthState
 from isthmus.metrics import Metrics
-from isthmus.rpc import bound_socket
+from isthmus.process.health import HealthState
+from isthmus.process.rpc import bound_socket
 
 _MAX_CONNECTIONS = 64
 _EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from isthmus.checkpoint import Checkpoint, TensorEntry
+from isthmus.checkpoint.directory import Checkpoint, TensorEntry
+from isthmus.checkpoint.families import Bias
+from isthmus.checkpoint.model_config import Experts, ModelConfig
 from isthmus.errors import CannotStart
-from isthmus.model_config import Experts, ModelConfig
-from isthmus.model_families import Bias
 
 Shapes = dict[str, tuple[int, ...]]
 _DTYPES: Final = ("F32", "BF16", "F16")

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from isthmus.config_fields import Fields, refused
+from isthmus.checkpoint.families import Family
+from isthmus.checkpoint.fields import Fields, refused
 from isthmus.errors import CannotStart
-from isthmus.model_families import Family
 
 _KINDS: Final = ("default", "linear", "dynamic", "yarn", "longrope")
 

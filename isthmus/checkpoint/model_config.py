@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from isthmus.config_fields import Fields, check_fixed, refused
+from isthmus.checkpoint.families import ANY_FAMILY_FIXED, FAMILIES, Family, Routing
+from isthmus.checkpoint.fields import Fields, check_fixed, refused
+from isthmus.checkpoint.rope_config import Rope, parse_rope
 from isthmus.errors import CannotStart
-from isthmus.model_families import ANY_FAMILY_FIXED, FAMILIES, Family, Routing
-from isthmus.rope_config import Rope, parse_rope
 
 # Fields whose null says something; any other null is an absent field.
 _NULL_SPEAKS: Final = frozenset(

@@ -1,21 +1,12 @@
-"""What a process is doing and whether it serves: state, stall detection, and grpc.health.v1 over both."""
+"""What a process is doing and whether it serves: its state, and whether its step loop makes progress."""
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
-
-import grpc
-import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from isthmus.clock import Clock, SystemClock
 
 STALL_S = 3.0  # work pending and no layer of a step finished for this long
-_WATCH_INTERVAL_S = 0.1
-_MAX_WATCHERS = 256
 
 
 class ServiceState(Enum):
@@ -117,42 +108,3 @@ class HealthState:
         with self._lock:
             if self._phase.state is not ServiceState.DRAINING:
                 self._phase = phase
-
-
-class HealthServicer(health_pb2_grpc.HealthServicer):
-    """grpc.health.v1 for the process as a whole ("") and for each of its services by full name."""
-
-    def __init__(self, state: HealthState, services: Iterable[str]):
-        self._state = state
-        self._services = {"", *services}
-        self._num_watchers = 0
-
-    async def Check(  # noqa: N802 - named by the protocol
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> health_pb2.HealthCheckResponse:
-        if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
-        return health_pb2.HealthCheckResponse(status=self._status(request.service))
-
-    async def Watch(  # noqa: N802 - named by the protocol
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        if self._num_watchers >= _MAX_WATCHERS:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watchers")
-        self._num_watchers += 1
-        try:
-            sent = None
-            while True:
-                status = self._status(request.service)
-                if status != sent:
-                    yield health_pb2.HealthCheckResponse(status=status)
-                    sent = status
-                await asyncio.sleep(_WATCH_INTERVAL_S)
-        finally:
-            self._num_watchers -= 1
-
-    def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
-        if service not in self._services:
-            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        serving = self._state.snapshot().serving
-        return health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

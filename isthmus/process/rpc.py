@@ -6,7 +6,7 @@ import grpc
 import grpc.aio
 
 from isthmus.errors import CannotStart
-from isthmus.rpc_errors import ErrorMapper
+from isthmus.process.rpc_errors import ErrorMapper
 
 PUBLIC_RECEIVE_BYTES = 32 << 20  # a 10 MB prompt still reaches validation, which names its field
 INTERNAL_RECEIVE_BYTES = 64 << 20

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import xxhash
 
+from isthmus.checkpoint.hub import fetch, parse_id
+from isthmus.checkpoint.model_config import ModelConfig, parse_config, token_ids
 from isthmus.errors import CannotStart
-from isthmus.hub import fetch, parse_id
-from isthmus.model_config import ModelConfig, parse_config, token_ids
 
 BUNDLED: Final = "bundled"
 _INDEX_FILE: Final = "model.safetensors.index.json"
@@ -68,7 +68,7 @@ def resolve_model(model: str | Path) -> Path:
     """`bundled` is the checkpoint shipped with the project; else a directory, or a hub id, which is fetched."""
     if hub_id := parse_id(str(model)):
         return fetch(hub_id.name, revision=hub_id.revision)
-    folder = Path(__file__).parent / BUNDLED if str(model) == BUNDLED else Path(model)
+    folder = Path(__file__).parents[1] / BUNDLED if str(model) == BUNDLED else Path(model)
     if not folder.is_dir():
         mend = f"name a checkpoint directory, a hub id (org/name or org/name@revision), or '{BUNDLED}'"
         raise CannotStart("model", f"{folder} is no directory", mend)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from isthmus.checkpoint import Checkpoint
+from isthmus.checkpoint.directory import Checkpoint
 from isthmus.config import WorkerConfig
 from isthmus.convert import block_counts_to_proto, layout_to_proto
 from isthmus.engine.device_memory import DeviceMemory

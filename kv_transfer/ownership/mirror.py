@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from isthmus.log import get_logger
 from kv_transfer.counters import Counters
-from kv_transfer.ownership import OwnershipStore, StoreRefused, StoreUnavailable, TransitionResult
+from kv_transfer.ownership.store import OwnershipStore, StoreRefused, StoreUnavailable, TransitionResult
 
 _RETRY_S = 0.2
 log = get_logger("mirror")

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from isthmus.errors import Overloaded
-from isthmus.tokenizer import Tokenizer
+from isthmus.text.tokenizer import Tokenizer
 from isthmus.v1 import inference_pb2
 
 NUM_THREADS = 2

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import redis.asyncio
 from redis.exceptions import RedisError, ResponseError
 
-from kv_transfer import records
 from kv_transfer.counters import Counters
-from kv_transfer.handoff import TRANSITIONS
-from kv_transfer.ownership import (
+from kv_transfer.ownership import records
+from kv_transfer.ownership.handoff import TRANSITIONS
+from kv_transfer.ownership.store import (
     SEQUENCE_BYTES,
     BlockSnapshot,
     HandoffRecord,

@@ -15,12 +15,13 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from isthmus import log
-from isthmus.admin import ADMIN_SERVICE, AdminServicer, Identity, ServiceHooks
 from isthmus.config import EXIT_CANNOT_START, ConfigT, ServiceConfig, load
 from isthmus.errors import CannotStart
-from isthmus.health import HealthServicer, HealthState
-from isthmus.http.health import http_health
-from isthmus.rpc import INTERNAL_RECEIVE_BYTES, bind_grpc, create_server
+from isthmus.process.admin import ADMIN_SERVICE, AdminServicer, Identity, ServiceHooks
+from isthmus.process.grpc_health import HealthServicer
+from isthmus.process.health import HealthState
+from isthmus.process.http import http_health
+from isthmus.process.rpc import INTERNAL_RECEIVE_BYTES, bind_grpc, create_server
 from isthmus.v1 import admin_pb2_grpc
 
 DRAIN_S = 3.0  # the whole stack is gone within 5 s of SIGTERM

@@ -9,11 +9,11 @@ from typing import Any
 
 import tokenizers
 
-from isthmus.chat_template import ChatTemplate
-from isthmus.detokenizer import Detokenizer
 from isthmus.errors import CannotStart, InvalidRequest
+from isthmus.text.chat_template import ChatTemplate
+from isthmus.text.detokenizer import Detokenizer
+from isthmus.text.vocabulary import AddedToken, Vocabulary, read_added_tokens, read_vocabulary
 from isthmus.v1.inference_pb2 import ChatMessage
-from isthmus.vocabulary import AddedToken, Vocabulary, read_added_tokens, read_vocabulary
 
 MAX_TEXT_BYTES = 1 << 20
 _MAX_FILE_BYTES = 256 << 20

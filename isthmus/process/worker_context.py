@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from isthmus.admin import Identity
 from isthmus.clock import Clock, SystemClock
 from isthmus.config import WorkerConfig
 from isthmus.failpoints import Failpoints
-from isthmus.health import HealthState, ProgressWatch
 from isthmus.ids import new_incarnation
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
+from isthmus.process.admin import Identity
+from isthmus.process.health import HealthState, ProgressWatch
 
 
 @dataclass(frozen=True, slots=True)
