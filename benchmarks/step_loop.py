@@ -22,7 +22,7 @@ from benchmarks.machine import describe, quantile
 from isthmus.checkpoint.directory import Checkpoint, resolve_model
 from isthmus.engine.engine import Engine
 from isthmus.engine.runner import DecodeRow, PrefillChunk
-from isthmus.ids import new_incarnation, new_transfer_id
+from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
 from isthmus.worker.engine_start import transfer_memory
@@ -55,7 +55,7 @@ class Feed:
         for _ in range(NUM_TRANSFERS):
             self._free.put(engine.pool.allocate(NUM_TOKENS // engine.layout.block_size))
         self._table_of: dict[str, list[int]] = {}
-        self._incarnation = new_incarnation()
+        self._incarnation = SystemIds().incarnation()
         events = TransferEvents(on_ready=self._claimed, on_failed=self._failed)
         memory = PoolMemory(engine.layout, transfer_memory(engine))
         self.receiver = Receiver(self._incarnation, memory, Ledger(), events)
@@ -90,7 +90,7 @@ class Feed:
             time.sleep(0.01)
 
     def _reserve(self, table: list[int]) -> None:
-        transfer_id = new_transfer_id()
+        transfer_id = SystemIds().transfer_id()
         self._table_of[transfer_id] = table
         reservation = Reservation(transfer_id, 1, "bench", tuple(table), extents(self._engine), time.monotonic() + 30)
         self.receiver.reserve(reservation)
@@ -113,7 +113,7 @@ def send() -> None:
     engine = open_engine()
     table = engine.pool.allocate(NUM_TOKENS // engine.layout.block_size)
     with contextlib.closing(
-        Sender(new_incarnation(), PoolMemory(engine.layout, transfer_memory(engine)), Ledger())
+        Sender(SystemIds().incarnation(), PoolMemory(engine.layout, transfer_memory(engine)), Ledger())
     ) as sender:
         for line in sys.stdin:
             order = json.loads(line)

@@ -22,7 +22,7 @@ import numpy as np
 import zmq
 
 from benchmarks.machine import describe
-from isthmus.ids import new_incarnation, new_transfer_id
+from isthmus.ids import SystemIds
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
@@ -92,7 +92,7 @@ def receive(load: Load) -> None:
     pool = load.pool(0xAB)
     claimed: list[ClaimedTransfer] = []
     events = TransferEvents(on_ready=claimed.append, on_failed=lambda failed: tell(failed=failed.reason))
-    incarnation = new_incarnation()
+    incarnation = SystemIds().incarnation()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     raw = context.socket(zmq.ROUTER)
     raw.bind("tcp://127.0.0.1:*")
@@ -124,7 +124,7 @@ def send(load: Load, places: dict[str, str]) -> None:
     raw.connect(places["raw"])
     source = [np.random.default_rng(layer).bytes(load.frame_bytes) for layer in range(load.num_layers)]
     pool = [np.frombuffer(rows, dtype=np.uint8) for rows in source]
-    with closing(Sender(new_incarnation(), memory_of(load, pool), Ledger())) as sender:
+    with closing(Sender(SystemIds().incarnation(), memory_of(load, pool), Ledger())) as sender:
         for line in sys.stdin:
             command = json.loads(line)
             begin = time.perf_counter()
@@ -188,7 +188,7 @@ def measure(load: Load, num_pairs: int) -> list[tuple[float, float]]:
     sender = Child("--role", "send", "--places", json.dumps(places), *shape)
 
     def run(kind: str) -> float:
-        transfer_id = new_transfer_id()
+        transfer_id = SystemIds().transfer_id()
         if kind == "ours":
             receiver.ask(transfer_id=transfer_id)
         return load.num_bytes / sender.ask(kind=kind, transfer_id=transfer_id)["seconds"] / 1e9

@@ -15,7 +15,7 @@ from decode_service.tombstones import Tombstones
 from decode_service.worker import StepLoop
 from isthmus.engine.engine import Engine
 from isthmus.errors import DataLoss, Draining, IsthmusError, Overloaded, RequestCancelled, StaleOwner
-from isthmus.ids import new_transfer_id
+from isthmus.ids import SystemIds
 from isthmus.process.worker_context import WorkerContext
 from isthmus.types import FinishReason, Request, Token
 from kv_transfer.counters import Counters
@@ -215,7 +215,7 @@ class Streams:
             attach=attach,
             sink=session,
             retention_s=terms.retention_s,
-            transfer_id=new_transfer_id(),
+            transfer_id=SystemIds().transfer_id(),
             attempt=1,
             **room._asdict(),
             deadline=None if request.timeout_s is None else self.context.clock.now() + request.timeout_s,

@@ -6,7 +6,7 @@ import time
 from contextlib import closing
 
 from isthmus.errors import TransferIncomplete
-from isthmus.ids import new_incarnation, new_transfer_id
+from isthmus.ids import SystemIds
 from isthmus.kv.layout import KvLayout
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
@@ -38,10 +38,13 @@ def round_trip(layout: KvLayout, *, timeout_s: float = 5.0) -> None:
 
 def _transfer(source: PoolMemory, landing: PoolMemory, missing: tuple[Extent, ...], timeout_s: float) -> None:
     news: News = queue.SimpleQueue()
-    table, transfer_id, receiver_incarnation = tuple(range(_NUM_BLOCKS)), new_transfer_id(), new_incarnation()
+    ids = SystemIds()
+    table = tuple(range(_NUM_BLOCKS))
+    transfer_id = ids.transfer_id()
+    receiver_incarnation = ids.incarnation()
     events = TransferEvents(on_ready=news.put, on_failed=news.put)
     receiving = Receiver(receiver_incarnation, landing, Ledger(16), events)
-    sending = Sender(new_incarnation(), source, Ledger(16), options=SenderOptions(staging_bytes=_STAGING_BYTES))
+    sending = Sender(ids.incarnation(), source, Ledger(16), options=SenderOptions(staging_bytes=_STAGING_BYTES))
     with closing(receiving) as receiver, closing(sending) as sender:
         receiver.reserve(Reservation(transfer_id, 1, "self-test", table, missing, time.monotonic() + timeout_s))
         ends = receiver.endpoint, receiver_incarnation, source.layout.fingerprint

@@ -9,7 +9,7 @@ from isthmus.checkpoint.hub import model_name
 from isthmus.clock import SystemClock
 from isthmus.config import RouterConfig
 from isthmus.failpoints import Failpoints
-from isthmus.ids import new_incarnation
+from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity, ServiceHooks
@@ -37,7 +37,7 @@ class Router:
     def __init__(self, config: RouterConfig, open_store: OpenStore):
         self._config = config
         self._open_store = open_store
-        self._identity = Identity(config.name, "router", new_incarnation())
+        self._identity = Identity(config.name, "router", SystemIds().incarnation())
         self._health = HealthState()
         self._ledger = Ledger()
         self._metrics = Metrics()

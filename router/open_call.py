@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from isthmus.config import RouterConfig
 from isthmus.convert import request_from_proto
 from isthmus.errors import InvalidRequest
-from isthmus.ids import new_request_id, new_seed
+from isthmus.ids import SystemIds
 from isthmus.text.workers import TextWorkers
 from isthmus.types import Request
 from isthmus.v1 import inference_pb2
@@ -30,8 +30,8 @@ class CallOpener:
         field = message.WhichOneof("input") or "prompt"
         sampling = complete_sampling(message.sampling, len(token_ids), self.model, prompt_field=field)
         request = Request(
-            request_id=new_request_id(),
-            seed=message.sampling.seed if message.sampling.HasField("seed") else new_seed(),
+            request_id=SystemIds().request_id(),
+            seed=message.sampling.seed if message.sampling.HasField("seed") else SystemIds().seed(),
             prompt_token_ids=tuple(token_ids),
             sampling=sampling,
             eos_token_ids=self.model.eos_token_ids,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from isthmus.errors import InvalidRequest
-from isthmus.ids import new_seed
+from isthmus.ids import SystemIds
 from isthmus.v1 import inference_pb2, types_pb2
 
 RETENTION_S = 15  # how long a stream that lost its reader is kept running: routers restart in less
@@ -69,7 +69,7 @@ def chat_of(messages: Sequence[Message]) -> inference_pb2.Chat:
 
 
 def _sampling(given: Mapping[str, Any]) -> types_pb2.SamplingParams:
-    values: dict[str, Any] = {"seed": new_seed(), **given}
+    values: dict[str, Any] = {"seed": SystemIds().seed(), **given}
     return types_pb2.SamplingParams(**values)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from isthmus.clock import Clock, SystemClock
 from isthmus.config import WorkerConfig
 from isthmus.failpoints import Failpoints
-from isthmus.ids import new_incarnation
+from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity
@@ -27,7 +27,7 @@ class WorkerContext:
     def create(cls, config: WorkerConfig) -> "WorkerContext":
         clock = SystemClock()
         return cls(
-            identity=Identity(config.name, config.role, new_incarnation()),
+            identity=Identity(config.name, config.role, SystemIds().incarnation()),
             clock=clock,
             ledger=Ledger(),
             metrics=Metrics(),

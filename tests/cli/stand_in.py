@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 
 from isthmus.config import DecodeConfig
 from isthmus.errors import CannotStart
-from isthmus.ids import new_incarnation
+from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity, ServiceHooks
@@ -42,7 +42,7 @@ async def main(config: DecodeConfig) -> None:
 
     role = config.name.partition("-")[0]
     hooks = ServiceHooks(status, drained, Ledger(), Metrics())
-    identity = Identity(config.name, role, new_incarnation())
+    identity = Identity(config.name, role, SystemIds().incarnation())
     await serve_until_signal(
         Face(config, identity, health, hooks, "isthmus.v1.DecodeService", lambda _server: None), work
     )

@@ -21,7 +21,7 @@ from isthmus.engine.engine import Engine
 from isthmus.engine.runner import DecodeRow, PrefillChunk
 from isthmus.engine.sampler import SamplingInput, sample
 from isthmus.failpoints import Failpoints
-from isthmus.ids import new_incarnation
+from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity
@@ -55,7 +55,7 @@ def engine(name: str) -> Engine:
 
 def request(num_prompt_tokens: int = 50, sampling: SamplingParams = SEEDED, **fields: Any) -> Request:
     prompt = tuple((31 * i + 7) % 2000 + 10 for i in range(num_prompt_tokens))
-    return Request(new_incarnation(), seed=1234, prompt_token_ids=prompt, sampling=sampling, **fields)
+    return Request(SystemIds().incarnation(), seed=1234, prompt_token_ids=prompt, sampling=sampling, **fields)
 
 
 class Prefill:
@@ -63,7 +63,9 @@ class Prefill:
 
     def __init__(self) -> None:
         self.engine = engine("prefill")
-        self.sender = Sender(new_incarnation(), PoolMemory(self.engine.layout, transfer_memory(self.engine)), Ledger())
+        self.sender = Sender(
+            SystemIds().incarnation(), PoolMemory(self.engine.layout, transfer_memory(self.engine)), Ledger()
+        )
 
     def compute(self, request: Request) -> tuple[list[int], Token]:
         """The prompt's blocks and token 0."""
@@ -135,7 +137,7 @@ class Worker:
         self.engine.pool.release(self.engine.pool.allocate(self.engine.pool.num_blocks))  # nothing is cached
         poison(self.engine)
         self.clock = clock
-        self.identity = Identity(name, "decode", new_incarnation())
+        self.identity = Identity(name, "decode", SystemIds().incarnation())
         watch = ProgressWatch(clock)
         self.context = WorkerContext(
             self.identity, clock, Ledger(), Metrics(), HealthState(watch), _Gated(failpoints, self)
@@ -232,7 +234,7 @@ class Router:
     """A router's side of one session, message by message. Every stream's tokens must come in order, without a gap."""
 
     worker: Worker
-    incarnation: str = field(default_factory=new_incarnation)
+    incarnation: str = field(default_factory=SystemIds().incarnation)
     tokens_of: dict[str, list[Token]] = field(default_factory=dict[str, list[Token]])
     _first: dict[str, int] = field(default_factory=dict[str, int])  # index of the first of `tokens_of`
     _requests: "asyncio.Queue[decode_pb2.SessionRequest]" = field(default_factory=asyncio.Queue)
@@ -354,7 +356,7 @@ class World:
     routers: list[Router] = field(default_factory=list)
 
     async def router(self, worker: int = 0, incarnation: str | None = None) -> Router:
-        router = Router(self.workers[worker], incarnation or new_incarnation())
+        router = Router(self.workers[worker], incarnation or SystemIds().incarnation())
         self.routers.append(router)
         await router.connect()
         return router

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import zmq
 
-from isthmus.ids import new_incarnation
+from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token
 from kv_transfer.events import ClaimedTransfer, ReceiverOptions
@@ -31,7 +31,7 @@ class Intruder:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVTIMEO, 5000)
         self.socket.connect(decode.receiver.endpoint)
-        self.incarnation = bytes.fromhex(new_incarnation())
+        self.incarnation = bytes.fromhex(SystemIds().incarnation())
         self.decode = decode
 
     def header(self, kind: FrameKind, **fields: object) -> FrameHeader:
@@ -95,7 +95,7 @@ def intruder(decode: DecodeSide) -> Iterator[Intruder]:
 def others_never_notice(decode: DecodeSide) -> Iterator[None]:
     """A transfer opened before the attack and finished after it arrives whole."""
     pool, missing = Pool(seed=8), extents(0, 40)
-    with closing(Sender(new_incarnation(), pool.memory, Ledger())) as sender:
+    with closing(Sender(SystemIds().incarnation(), pool.memory, Ledger())) as sender:
         sending = PrefillSide(sender, pool).send(decode.reserve([20, 21, 22], missing), [3, 9, 4])
         sending.transfer.rows_ready(0, 0, 0, 40)
         yield

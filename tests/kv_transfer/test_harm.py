@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 
 from isthmus.failpoints import Failpoints
-from isthmus.ids import new_incarnation
+from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.types import Extent
 from kv_transfer.courier import SenderOptions
@@ -29,7 +29,7 @@ def decode() -> Iterator[DecodeSide]:
 
 def sender(spec: str) -> Sender:
     options = SenderOptions(max_frame_bytes=500, ack_timeout_s=0.3, failpoints=Failpoints.parse(spec))
-    return Sender(new_incarnation(), POOL.memory, Ledger(), options=options)
+    return Sender(SystemIds().incarnation(), POOL.memory, Ledger(), options=options)
 
 
 def send(sender: Sender, decode: DecodeSide) -> Sending:
@@ -92,7 +92,7 @@ def test_another_sender_brings_only_what_a_lost_frame_left_missing(decode: Decod
         assert not outcome.acked
     missing = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
     assert missing == (Extent(0, 0, 36, 12),)
-    with closing(Sender(new_incarnation(), POOL.memory, Ledger())) as second:
+    with closing(Sender(SystemIds().incarnation(), POOL.memory, Ledger())) as second:
         retry = PrefillSide(second, POOL).send(decode.target(target.transfer_id, 2, missing), OURS)
         assert retry.all_rows(NUM_TOKENS).commit().outcome().frames == 1
     assert_moved(POOL, OURS, decode.pool, THEIRS, MISSING)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from isthmus.errors import CannotStart, LayoutMismatch, Overloaded, StaleOwner
-from isthmus.ids import new_incarnation, new_transfer_id
+from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.courier import SenderOptions
@@ -43,7 +43,7 @@ def decode() -> Iterator[DecodeSide]:
 @pytest.fixture(params=[SenderOptions(), SMALL_FRAMES], ids=["whole", "small_frames"])
 def prefill(request: pytest.FixtureRequest) -> Iterator[PrefillSide]:
     pool = PoolOf(seed=3)
-    with closing(Sender(new_incarnation(), pool.memory, Ledger(), options=request.param)) as sender:
+    with closing(Sender(SystemIds().incarnation(), pool.memory, Ledger(), options=request.param)) as sender:
         yield PrefillSide(sender, pool)
 
 
@@ -149,7 +149,7 @@ def test_credit_far_below_the_transfer_only_slows_it() -> None:
     pool, ours, theirs, missing = PoolOf(seed=4), shuffled(5, 30), shuffled(6, 30), extents(0, 480)
     with (
         DecodeSide(ReceiverOptions(credit_bytes=400)) as decode,
-        closing(Sender(new_incarnation(), pool.memory, Ledger())) as sender,
+        closing(Sender(SystemIds().incarnation(), pool.memory, Ledger())) as sender,
     ):
         outcome = PrefillSide(sender, pool).send(decode.reserve(theirs, missing), ours).all_rows(480).commit().outcome()
         assert outcome.acked
@@ -161,7 +161,7 @@ def test_credit_far_below_the_transfer_only_slows_it() -> None:
 def test_staging_far_below_the_transfer_only_slows_it(decode: DecodeSide) -> None:
     pool, ours, theirs, missing = PoolOf(seed=4), shuffled(5, 30), shuffled(6, 30), extents(0, 480)
     options = SenderOptions(staging_bytes=8192, max_frame_bytes=2000)
-    with closing(Sender(new_incarnation(), pool.memory, Ledger(), options=options)) as sender:
+    with closing(Sender(SystemIds().incarnation(), pool.memory, Ledger(), options=options)) as sender:
         assert (
             PrefillSide(sender, pool).send(decode.reserve(theirs, missing), ours).all_rows(480).commit().outcome().acked
         )
@@ -243,7 +243,7 @@ def test_a_rearmed_transfer_is_filled_by_another_and_the_first_is_fenced(
     rest = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
     zombie.all_rows(NUM_TOKENS).commit()
     assert "old_attempt" in zombie.outcome().failure
-    with closing(Sender(new_incarnation(), prefill.pool.memory, Ledger())) as other:
+    with closing(Sender(SystemIds().incarnation(), prefill.pool.memory, Ledger())) as other:
         again = PrefillSide(other, prefill.pool).send(decode.target(target.transfer_id, 2, rest), ours)
         outcome = again.all_rows(NUM_TOKENS).commit().outcome()
     assert outcome.acked
@@ -284,7 +284,9 @@ def test_nobody_at_the_endpoint_fails_at_once(prefill: PrefillSide) -> None:
     layout = prefill.pool.layout.fingerprint
     begin = time.monotonic()
     for endpoint in (f"tcp://127.0.0.1:{free_port()}", "nonsense", "ipc:///tmp/somewhere", "tcp://"):
-        target = TransferTarget(new_transfer_id(), 1, endpoint, new_incarnation(), layout, extents(0, 16))
+        target = TransferTarget(
+            SystemIds().transfer_id(), 1, endpoint, SystemIds().incarnation(), layout, extents(0, 16)
+        )
         assert not prefill.send(target, [0]).all_rows(16).commit().outcome().acked
     assert time.monotonic() - begin < 2
 
@@ -294,7 +296,7 @@ def test_a_receiver_that_never_answers_is_given_up() -> None:
         pool = PoolOf()
         options = SenderOptions(ack_timeout_s=0.3)
         silent.receiver._receive = lambda parts: None  # type: ignore[method-assign]
-        with closing(Sender(new_incarnation(), pool.memory, Ledger(), options=options)) as sender:
+        with closing(Sender(SystemIds().incarnation(), pool.memory, Ledger(), options=options)) as sender:
             sending = PrefillSide(sender, pool).send(silent.reserve([0], extents(0, 16)), [0]).all_rows(16).commit()
             assert sending.outcome(3).failure == "no answer"
 
@@ -308,7 +310,9 @@ def test_a_commit_before_its_rows_fails_at_once(prefill: PrefillSide, decode: De
 
 def test_what_cannot_be_opened_is_refused_to_the_caller(decode: DecodeSide) -> None:
     pool = PoolOf()
-    with closing(Sender(new_incarnation(), pool.memory, Ledger(), options=SenderOptions(max_transfers=1))) as sender:
+    with closing(
+        Sender(SystemIds().incarnation(), pool.memory, Ledger(), options=SenderOptions(max_transfers=1))
+    ) as sender:
         side = PrefillSide(sender, pool)
         good = decode.reserve([0], extents(0, 16))
         with pytest.raises(LayoutMismatch):
@@ -355,7 +359,7 @@ def test_a_faulty_handler_does_not_end_the_others(decode: DecodeSide, prefill: P
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
     def one_transfer() -> None:
         pool = PoolOf()
-        with DecodeSide() as decode, closing(Sender(new_incarnation(), pool.memory, Ledger())) as sender:
+        with DecodeSide() as decode, closing(Sender(SystemIds().incarnation(), pool.memory, Ledger())) as sender:
             side = PrefillSide(sender, pool)
             assert side.send(decode.reserve([0, 2], extents(0, 32)), [0, 2]).all_rows(32).commit().outcome().acked
             side.send(decode.reserve([1], extents(0, 16)), [1]).all_rows(16)  # still open when both close
@@ -371,7 +375,7 @@ def test_closing_leaves_no_thread_and_no_descriptor() -> None:
 
 def test_closing_the_sender_reports_every_open_transfer(decode: DecodeSide) -> None:
     pool = PoolOf()
-    sender = Sender(new_incarnation(), pool.memory, Ledger())
+    sender = Sender(SystemIds().incarnation(), pool.memory, Ledger())
     sendings = [PrefillSide(sender, pool).send(decode.reserve([0], extents(0, 16)), [0]) for _ in range(5)]
     sender.close()
     assert [sending.outcome().failure for sending in sendings] == ["sender_closed"] * 5

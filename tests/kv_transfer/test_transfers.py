@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 
 from isthmus.errors import Overloaded, StaleOwner
-from isthmus.ids import new_transfer_id
+from isthmus.ids import SystemIds
 from isthmus.types import Extent, Token
 from kv_transfer.coverage import Coverage, clipped, normalised
 from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, Refusal
 from kv_transfer.messages import Commit
 from kv_transfer.ownership.handoff import TRANSITIONS, HandoffState, is_allowed
 from kv_transfer.transfers import TOMBSTONE_S, Accept, IncomingTransfers, Reservation, StateChange
-from tests.kv_transfer.world import LAYOUT, PLACES, ManualClock, extents
+from tests.kv_transfer.world import LAYOUT, PLACES, SettableClock, extents
 
 P1, P2, D = b"1" * 16, b"2" * 16, b"d" * 16
 FINGERPRINT = bytes.fromhex(LAYOUT.fingerprint)
@@ -25,7 +25,7 @@ class Machine:
     """IncomingTransfers with a memory of who wrote which position last: (place, position) -> attempt."""
 
     def __init__(self, **limits: int):
-        self.clock = ManualClock()
+        self.clock = SettableClock()
         self.changes: list[tuple[HandoffState | None, HandoffState]] = []
         self.written: dict[tuple[int, int, int], int] = {}
         self.transfers = IncomingTransfers(LAYOUT, self.clock, on_change=self._note, **limits)
@@ -34,7 +34,7 @@ class Machine:
         self.changes.append((change.previous, change.transfer.state))
 
     def reserve(self, missing: tuple[Extent, ...], fill_s: float = 10.0, open_from: int | None = None) -> str:
-        transfer_id, deadline = new_transfer_id(), self.clock.now() + fill_s
+        transfer_id, deadline = SystemIds().transfer_id(), self.clock.now() + fill_s
         self.transfers.reserve(Reservation(transfer_id, 1, "r", tuple(range(8)), missing, deadline, open_from))
         return transfer_id
 
@@ -331,7 +331,7 @@ def test_a_cancelled_transfer_refuses_what_comes_late_until_its_tombstone_falls(
 
 
 def test_a_cancel_before_the_reserve_refuses_the_reserve() -> None:
-    machine, transfer_id = Machine(), new_transfer_id()
+    machine, transfer_id = Machine(), SystemIds().transfer_id()
     machine.transfers.abort(transfer_id, "cancelled")
     with pytest.raises(StaleOwner):
         machine.transfers.reserve(Reservation(transfer_id, 1, "r", (0,), (), machine.clock.now() + 1))

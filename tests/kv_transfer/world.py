@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.ids import new_incarnation, new_transfer_id
+from isthmus.ids import SystemIds
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
@@ -78,7 +78,7 @@ class DecodeSide:
 
     options: ReceiverOptions = field(default_factory=ReceiverOptions)
     pool: Pool = field(default_factory=lambda: Pool(POISON))
-    incarnation: str = field(default_factory=new_incarnation)
+    incarnation: str = field(default_factory=SystemIds().incarnation)
     news: "queue.SimpleQueue[ClaimedTransfer | FailedTransfer]" = field(default_factory=queue.SimpleQueue)
 
     def __enter__(self) -> "DecodeSide":
@@ -93,7 +93,7 @@ class DecodeSide:
     def reserve(
         self, table: list[int], missing: tuple[Extent, ...], fill_s: float = 10.0, open_from: int | None = None
     ) -> TransferTarget:
-        transfer_id = new_transfer_id()
+        transfer_id = SystemIds().transfer_id()
         deadline = time.monotonic() + fill_s
         self.receiver.reserve(Reservation(transfer_id, 1, "request", tuple(table), missing, deadline, open_from))
         return self.target(transfer_id, 1, missing)
@@ -153,11 +153,14 @@ def wait_until(condition: Any, timeout_s: float = 5.0) -> None:
         pause.wait(0.002)
 
 
-class ManualClock:
-    """Time moves when the test says so."""
+class SettableClock:
+    """Time is what the test says."""
 
     def __init__(self, now: float = 100.0):
         self.time = now
+
+    def now_ns(self) -> int:
+        return round(self.time * 1e9)
 
     def now(self) -> float:
         return self.time

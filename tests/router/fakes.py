@@ -13,7 +13,7 @@ from isthmus.clock import SystemClock
 from isthmus.config import RouterConfig
 from isthmus.convert import layout_to_proto
 from isthmus.errors import IsthmusError, NoFreeBlocks
-from isthmus.ids import new_incarnation, new_transfer_id
+from isthmus.ids import SystemIds
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
@@ -93,7 +93,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
 
     def __init__(self, name: str = "d0") -> None:
         self.name = name
-        self.incarnation = new_incarnation()
+        self.incarnation = SystemIds().incarnation()
         self.address = ""
         self.streams: dict[str, FakeStream] = {}
         self.reserves: list[decode_pb2.Reserve] = []
@@ -184,7 +184,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             )
             outgoing.put_nowait(decode_pb2.SessionResponse(refused=refused))
             return
-        transfer_id = new_transfer_id()
+        transfer_id = SystemIds().transfer_id()
         self.streams[request_id] = FakeStream(reserve.request, reserve.attach.counter, transfer_id, outgoing)
         num_prompt_tokens = len(reserve.request.prompt_token_ids)
         reserved = decode_pb2.Reserved(
@@ -328,7 +328,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
     def __init__(self, cluster: "Cluster", name: str = "p0") -> None:
         self._cluster = cluster
         self.name = name
-        self.incarnation = new_incarnation()
+        self.incarnation = SystemIds().incarnation()
         self.address = ""
         self.requests: list[prefill_pb2.PrefillRequest] = []
         self.num_cancelled = 0
@@ -523,7 +523,7 @@ async def running_router(
     admission = Admission(config.max_streams, config.max_queue)
     pool = WorkerPool(
         cluster.store,
-        incarnation=new_incarnation(),
+        incarnation=SystemIds().incarnation(),
         model_digest=MODEL_DIGEST,
         connect=channel,
         clock=clock,
