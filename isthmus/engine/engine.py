@@ -11,29 +11,22 @@ import torch
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.checkpoint.model_config import ModelConfig
 from isthmus.engine.canary import Numerics, run_canary
-from isthmus.engine.decoding import Decoder
 from isthmus.engine.latent_cache import TORCH_DTYPES, LatentCache
 from isthmus.engine.memory_profile import profile_steps
 from isthmus.engine.open_runner import open_decoder, open_runner
 from isthmus.engine.runner import StepRunner
+from isthmus.engine.sampler import sample
 from isthmus.errors import CannotStart
-from isthmus.kv.block_pool import BlockPool, prefix_hashes
+from isthmus.kv.block_pool import BlockPool
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
+from isthmus.kv.prefix import prefix_hashes, prefix_scope
 from isthmus.log import get_logger
 from isthmus.model import Model, Progress, load_model
-from kernels.ref import TILE
+from isthmus.steps import Decoder, OnStored, PrefillChunk, SamplingInput, StepLimits, StepResult
 from kernels.ref_latents import fp8_row_bytes
 
 CacheDtype = Literal["auto", "fp8"]
 log = get_logger("engine")
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """The largest steps that will run, and that memory is kept for."""
-
-    decode_rows: int = 128
-    prefill_tokens: int = 4 * TILE
 
 
 USUAL_LIMITS = StepLimits()
@@ -41,6 +34,8 @@ USUAL_LIMITS = StepLimits()
 
 @dataclass(frozen=True, slots=True)
 class Engine:
+    """What `isthmus.worker.engine_port` asks of an engine, over the runner that suits the device."""
+
     model_config: ModelConfig
     runner: StepRunner
     decoder: Decoder
@@ -56,15 +51,41 @@ class Engine:
     def context_length(self) -> int:
         return self.model_config.context_length
 
-    def match_prompt(self, token_ids: Sequence[int]) -> list[int]:
-        """Blocks that hold the longest cached prefix; the caller has a reference to each."""
-        return self.pool.match(prefix_hashes(token_ids, self.layout.block_size, self.layout.fingerprint))
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
 
-    def publish_prompt(self, token_ids: Sequence[int], block_table: Sequence[int]) -> None:
-        """Full prompt blocks become reusable by content; blocks with generated tokens never do (other rounding)."""
-        hashes = prefix_hashes(token_ids, self.layout.block_size, self.layout.fingerprint)
-        for block_id, block_hash in zip(block_table, hashes, strict=False):
+    @property
+    def numerics_digest(self) -> str:
+        """Names the numerics class: engines with the same digest give the same bits."""
+        return self.numerics.digest
+
+    def match_prompt(self, token_ids: Sequence[int], tenant: str) -> list[int]:
+        """Blocks that hold the longest prefix cached for this tenant; the caller has a reference to each."""
+        return self.pool.match(self._block_hashes(token_ids, tenant))
+
+    def publish_prompt(self, token_ids: Sequence[int], block_table: Sequence[int], tenant: str) -> None:
+        """Full blocks of these prompt tokens become reusable by content, for this tenant's prompts alone.
+
+        Blocks with generated tokens are never given to it: their rows are rounded otherwise than a prompt's.
+        """
+        for block_id, block_hash in zip(block_table, self._block_hashes(token_ids, tenant), strict=False):
             self.pool.publish(block_id, block_hash)
+
+    def _block_hashes(self, token_ids: Sequence[int], tenant: str) -> list[bytes]:
+        scope = prefix_scope(self.layout.fingerprint, tenant=tenant)
+        return prefix_hashes(token_ids, self.layout.block_size, scope)
+
+    def compute(
+        self, chunks: Sequence[PrefillChunk], sampling: Sequence[SamplingInput], on_stored: OnStored
+    ) -> list[StepResult]:
+        """As `PrefillEngine` says."""
+
+        def stored(plane: str, layer: int) -> None:
+            self.cache.stored.note(plane, layer)
+            on_stored(plane, layer)
+
+        return sample(self.runner.prefill(chunks, stored), sampling)
 
     def check_device(self) -> None:
         """Waits for what this thread launched. Raises when the device is lost: every call then fails, for good."""
