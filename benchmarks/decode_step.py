@@ -25,10 +25,9 @@ from benchmarks.inexact import plan_for, without_exactness
 from benchmarks.random_model import dry_config, published_config, random_model
 from benchmarks.roofline import Sizes
 from isthmus.checkpoint.model_config import ModelConfig
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.triton_runner import TritonRunner
-from isthmus.kv.planes import LATENT
+from isthmus.kv.planes import LATENT, kv_layout
 from isthmus.model import Model, triton_layers
 from isthmus.model.triton_model import TritonModel
 from isthmus.steps import DecodeRow

@@ -18,14 +18,13 @@ from isthmus.engine.runner import StepRunner
 from isthmus.engine.sampler import sample
 from isthmus.errors import CannotStart
 from isthmus.kv.block_pool import BlockPool
-from isthmus.kv.layout import KvLayout, Plane, PlaneKind
+from isthmus.kv.layout import KvLayout
+from isthmus.kv.planes import CacheDtype, kv_layout, stored_as
 from isthmus.kv.prefix import prefix_hashes, prefix_scope
 from isthmus.log import get_logger
 from isthmus.model import Model, Progress, load_model
 from isthmus.steps import Decoder, OnStored, PrefillChunk, SamplingInput, StepLimits, StepResult
-from kernels.ref_latents import fp8_row_bytes
 
-CacheDtype = Literal["auto", "fp8"]
 log = get_logger("engine")
 
 
@@ -140,16 +139,6 @@ def _lacks_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
 
 
-def stored_as(dtype: str, cache_dtype: CacheDtype, device: str) -> str:
-    """The dtype of cached rows. Raises CannotStart for fp8 where the kernels do not run."""
-    if cache_dtype == "auto":
-        return dtype
-    if device != "cuda" or dtype != "bf16":
-        problem = f"{cache_dtype} rows need --device cuda and --dtype bf16, not {device} and {dtype}"
-        raise CannotStart("cache_dtype", problem, "set --cache-dtype auto")
-    return cache_dtype
-
-
 def _profiled_blocks(model: Model, layout: KvLayout, limits: StepLimits) -> int:
     """Raises CannotStart where one request of the full context would not fit."""
     profile = profile_steps(model.config, layout, partial(open_runner, model, limits.decode_rows), **asdict(limits))
@@ -165,21 +154,6 @@ def require_room(num_blocks: int, layout: KvLayout, context_length: int) -> None
     if num_positions < context_length:
         problem = f"the cache holds {num_positions} positions, one request may need {context_length}"
         raise CannotStart("cache_bytes", problem, "set --num-blocks or --cache-bytes higher, or --context-length lower")
-
-
-def kv_layout(config: ModelConfig, digest: str, *, dtype: str, block_size: int) -> KvLayout:
-    """MLA caches one append-only plane on every layer. An fp8 row is counted in bytes: `kernels.ref_latents`.
-
-    Raises CannotStart for a latent that has no such row.
-    """
-    elements = config.latent_elements
-    if dtype == "fp8":
-        try:
-            elements = fp8_row_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
-        except ValueError as error:
-            raise CannotStart("cache_dtype", f"fp8: {error}", "set --cache-dtype auto") from error
-    latent = Plane("latent", PlaneKind.APPEND_ONLY, config.num_layers, elements, dtype)
-    return KvLayout(digest, (latent,), block_size)
 
 
 def _open_device(name: Literal["cpu", "cuda"]) -> torch.device:

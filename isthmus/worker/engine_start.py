@@ -8,8 +8,9 @@ from isthmus.checkpoint.directory import Checkpoint
 from isthmus.config import WorkerConfig
 from isthmus.convert import block_counts_to_proto, layout_to_proto
 from isthmus.engine.device_memory import DeviceMemory
-from isthmus.engine.engine import USUAL_LIMITS, Engine, kv_layout, require_room, stored_as
+from isthmus.engine.engine import USUAL_LIMITS, Engine, require_room
 from isthmus.errors import CannotStart
+from isthmus.kv.planes import kv_layout, stored_as
 from isthmus.steps import StepLimits
 from isthmus.v1 import admin_pb2
 

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.decode_graphs import buckets
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.open_runner import open_runner
 from isthmus.engine.runner import StepRunner, TorchRunner
 from isthmus.engine.triton_decoder import TritonDecoder
 from isthmus.engine.triton_runner import TritonRunner
 from isthmus.errors import CannotStart
-from isthmus.kv.planes import LATENT
+from isthmus.kv.planes import LATENT, kv_layout
 from isthmus.model import Model, load_model
 from isthmus.model.triton_model import TritonModel
 from isthmus.steps import DecodeRow, FromPrevious, PrefillChunk, SamplingInput, StepRow

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from benchmarks.random_model import published_config, random_model
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.runner import StepRunner, TorchRunner
 from isthmus.engine.triton_runner import TritonRunner
-from isthmus.kv.planes import LATENT
+from isthmus.kv.planes import LATENT, kv_layout
 from isthmus.model import Model
 from isthmus.steps import DecodeRow, PrefillChunk
 from tests.engine.engines import prompt

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from isthmus.checkpoint.directory import Checkpoint
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.runner import TorchRunner
 from isthmus.errors import CannotStart
+from isthmus.kv.planes import kv_layout
 from isthmus.model import load_model
 from isthmus.model.linear import Fp8Experts, Fp8Linear
 from isthmus.steps import DecodeRow, PrefillChunk
