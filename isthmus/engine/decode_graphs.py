@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from isthmus.kv.layout import KvLayout
+from isthmus.kv.slots import slots_at
 from isthmus.model.triton_layers import Rows
 from isthmus.model.triton_model import DecodeInputs, TritonModel
 from isthmus.steps import DecodeRow
@@ -123,8 +124,8 @@ class DecodeBuffers:
         for table, row in zip(tables, rows, strict=False):
             num_blocks = row.position // self._block_size + 1
             table[:num_blocks] = row.block_table[:num_blocks]
-        last = tables[np.arange(n), own // self._block_size].astype(np.int64)
-        slots[:n], slots[n:] = last * self._block_size + own % self._block_size, -1
+        slots[:n] = slots_at(tables[:n], own[:, None], self._block_size)[:, 0]
+        slots[n:] = -1
 
     def inputs(self, bucket: int) -> DecodeInputs:
         """Of one bucket, made from what is staged; the tokens are looked up where this is called."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from isthmus.engine.latent_cache import LatentCache
+from isthmus.kv.slots import slots_at
 
 _STAGING_BYTES = 4 << 20  # of each direction: the largest frame
 _HIGH_PRIORITY = -1  # a few small kernels that need not wait behind a step's
@@ -109,9 +110,8 @@ class DeviceMemory:
         """(slots, the body's part) of as many rows as the staging holds."""
         row_bytes, block_size = self.row_bytes(plane), self.layout.block_size
         first_block, last_block = interval[0] // block_size, (interval[1] - 1) // block_size
-        blocks = np.asarray(block_table[first_block : last_block + 1], dtype=np.int64)
-        offsets = np.arange(interval[0], interval[1]) - first_block * block_size
-        slots = blocks[offsets // block_size] * block_size + offsets % block_size
+        blocks = np.asarray(block_table[first_block : last_block + 1])
+        slots = slots_at(blocks, np.arange(interval[0], interval[1]) - first_block * block_size, block_size)
         rest = np.frombuffer(body, dtype=np.uint8)
         num_rows = len(self._outgoing.bytes) // row_bytes
         for start in range(0, len(slots), num_rows):

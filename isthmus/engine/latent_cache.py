@@ -4,7 +4,7 @@ import torch
 
 from isthmus.errors import NotYet
 from isthmus.kv.layout import KvLayout
-from isthmus.model.step import CacheShape
+from isthmus.kv.slots import CacheShape
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 _LAYERS_AHEAD = 2  # launched while the device computes

@@ -20,6 +20,7 @@ from isthmus.engine.decode_graphs import DecodeBuffers, DecodeGraphs, buckets
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.runner import check_chunks, check_rows
 from isthmus.kv.planes import LATENT
+from isthmus.kv.slots import slots_at
 from isthmus.model import Model
 from isthmus.model.triton_layers import Rows
 from isthmus.model.triton_model import PrefillInputs, TritonModel
@@ -99,8 +100,12 @@ class TritonRunner:
     def _prefill_inputs(self, chunks: Sequence[PrefillChunk]) -> PrefillInputs:
         """Rows of all chunks one after the other."""
         block_size, device = self.cache.layout.block_size, self.model.device
-        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
-        slots = [_slots(chunk, block_size) for chunk in chunks]
+        positions_of = [np.arange(chunk.start, chunk.end) for chunk in chunks]
+        positions = np.concatenate(positions_of)
+        slots = [
+            slots_at(np.asarray(chunk.block_table), own, block_size)
+            for chunk, own in zip(chunks, positions_of, strict=True)
+        ]
         ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
         logit_rows = [int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.needs_logits]
         plan = [(chunk.start, len(chunk.token_ids), chunk.block_table) for chunk in chunks]
@@ -118,13 +123,6 @@ class TritonRunner:
 
     def _put(self, array: npt.NDArray) -> Tensor:
         return to_device(torch.from_numpy(array), self.model.device)
-
-
-def _slots(chunk: PrefillChunk, block_size: int) -> npt.NDArray[np.int64]:
-    """Where the chunk's latents are stored."""
-    own = np.arange(chunk.start, chunk.end)
-    table = np.asarray(chunk.block_table[: -(-chunk.end // block_size)], dtype=np.int64)
-    return table[own // block_size] * block_size + own % block_size
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

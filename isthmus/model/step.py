@@ -11,27 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus.kv.slots import CacheShape, slots_at
 from isthmus.steps import TILE, DecodeRow, PrefillChunk
 from kernels import ref
 
 # (row, tile) pairs attended at once in decode: bounds the gathered latents (16 to 150 KiB a pair).
 MAX_PAIRS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class CacheShape:
-    num_blocks: int
-    block_size: int
-
-    @property
-    def zero_slot(self) -> int:
-        """The slot past the last block: it holds zeros and stands for every key that is not to be seen."""
-        return self.num_blocks * self.block_size
-
-    def slots(self, block_table: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Cache slots of positions; `block_table` is [..., blocks], one table for each leading index of `positions`."""
-        blocks = np.take_along_axis(block_table, positions // self.block_size, axis=-1)
-        return blocks * self.block_size + positions % self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +47,10 @@ def prefill_step(chunks: Sequence[PrefillChunk], cache: CacheShape, device: torc
     ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
     positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
     tables = [_padded_table(chunk.block_table, chunk.end, cache) for chunk in chunks]
-    slots = [cache.slots(table, np.arange(c.start, c.end)) for c, table in zip(chunks, tables, strict=True)]
+    slots = [
+        slots_at(table, np.arange(chunk.start, chunk.end), cache.block_size)
+        for chunk, table in zip(chunks, tables, strict=True)
+    ]
     rows = _step_rows(
         np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks]),
         positions,
@@ -140,7 +128,8 @@ def _decode_pairs(
         table[:num_blocks] = row.block_table[:num_blocks]
     positions = np.broadcast_to(np.arange(most * TILE), (len(rows), most * TILE))
     hidden = positions > own[:, None]
-    slots = np.where(hidden, cache.zero_slot, cache.slots(tables, positions)).reshape(-1, most, TILE).swapaxes(0, 1)
+    seen = slots_at(tables, positions, cache.block_size)
+    slots = np.where(hidden, cache.zero_slot, seen).reshape(-1, most, TILE).swapaxes(0, 1)
     exists = np.arange(most)[:, None] < num_tiles  # [T, B]
     of_row = np.where(exists, (exists.cumsum() - 1).reshape(exists.shape), exists.sum())
     copies = max(1, ref.MIN_PAIRS // int(exists.sum()))
@@ -152,7 +141,7 @@ def _decode_pairs(
         of_row=torch.from_numpy(of_row.reshape(-1)).to(device),
         rows_with_tile=tuple(exists.sum(axis=1).tolist()),
     )
-    return pairs, cache.slots(tables, own[:, None])[:, 0]
+    return pairs, slots_at(tables, own[:, None], cache.block_size)[:, 0]
 
 
 def _prefill_tiles(
@@ -194,7 +183,7 @@ def _key_tile(
     sequences = list(dict.fromkeys(sequence for _, sequence in seeing))
     positions = np.arange(tile * TILE, (tile + 1) * TILE)
     slots = [
-        np.where(positions < ends[sequence], cache.slots(tables[sequence], positions), cache.zero_slot)
+        np.where(positions < ends[sequence], slots_at(tables[sequence], positions, cache.block_size), cache.zero_slot)
         for sequence in sequences
     ]
     sequence_of = None
