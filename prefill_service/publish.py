@@ -41,9 +41,9 @@ def send_rows(sequence: Sequence, layout: KvLayout, layer: int, start: int, num_
     """Offers rows of every plane that has this layer; what decode already holds is skipped by the transfer."""
     if sequence.transfer is None or num_tokens == 0:
         return
-    for index, plane in enumerate(layout.planes):
+    for plane in layout.planes:
         if layer < plane.num_layers:
-            sequence.transfer.rows_ready(index, layer, start, num_tokens)
+            sequence.transfer.rows_ready(plane.name, layer, start, num_tokens)
 
 
 def send_cached_prefix(sequence: Sequence, layout: KvLayout) -> None:

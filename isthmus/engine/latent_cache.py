@@ -37,9 +37,9 @@ class StoredLayers:
 
 
 class LatentCache:
-    """`layers[plane][layer]` is [num_blocks, block_size, row_elements], written by step loop and receiver.
+    """`layers[plane name][layer]` is [num_blocks, block_size, row_elements], written by step loop and receiver.
 
-    `rows[plane][layer]` is the same memory as [slots + 1, row_elements]; a slot is block * block_size + offset.
+    `rows[plane name][layer]` is the same memory as [slots + 1, row_elements]; a slot is block * block_size + offset.
     """
 
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
@@ -47,21 +47,21 @@ class LatentCache:
         self.shape = CacheShape(num_blocks, layout.block_size)
         self.stored = StoredLayers(device)
         # One row past the last block stays zero: steps read it in place of keys that must not be seen.
-        self.rows = [
-            [
+        self.rows = {
+            plane.name: [
                 torch.zeros(
                     self.shape.zero_slot + 1, plane.row_elements, dtype=TORCH_DTYPES[plane.dtype], device=device
                 )
                 for _ in range(plane.num_layers)
             ]
             for plane in layout.planes
-        ]
-        self.layers = [
-            [rows[: self.shape.zero_slot].unflatten(0, (num_blocks, layout.block_size)) for rows in plane]
-            for plane in self.rows
-        ]
+        }
+        self.layers = {
+            name: [rows[: self.shape.zero_slot].unflatten(0, (num_blocks, layout.block_size)) for rows in layers]
+            for name, layers in self.rows.items()
+        }
 
-    def memory(self, plane: int, layer: int) -> memoryview:
+    def memory(self, plane: str, layer: int) -> memoryview:
         """Writable bytes of all blocks of one layer, for the transfer path; they live as long as this cache."""
         blocks = self.layers[plane][layer]
         if blocks.device.type != "cpu":

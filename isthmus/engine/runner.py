@@ -18,7 +18,7 @@ from kernels.ref import TILE
 
 __all__ = ["TILE", "DecodeRow", "PrefillChunk", "Runner", "StepRunner"]
 
-LATENT_PLANE = 0
+LATENT_PLANE = "latent"
 OnLayer = Callable[[int], None]
 
 

@@ -10,6 +10,7 @@ from isthmus.convert import block_counts_to_proto, layout_to_proto
 from isthmus.engine.device_memory import DeviceMemory
 from isthmus.engine.engine import USUAL_LIMITS, Engine, StepLimits, kv_layout, require_room, stored_as
 from isthmus.errors import CannotStart
+from isthmus.types import Place
 from isthmus.v1 import admin_pb2
 
 CPU_CACHE_BYTES = 256 << 20
@@ -76,6 +77,6 @@ def device_memory(engine: Engine) -> DeviceMemory | None:
     return DeviceMemory(engine.cache, gather=gather_rows, scatter=scatter_rows)
 
 
-def transfer_memory(engine: Engine) -> dict[tuple[int, int], memoryview]:
+def transfer_memory(engine: Engine) -> dict[Place, memoryview]:
     """Writable bytes of a cache in this process's memory by (plane, layer), as the transfer path takes them."""
     return {place: engine.cache.memory(*place) for place in engine.layout.places}

@@ -87,7 +87,9 @@ def outcomes(runner: StepRunner, sequences: Sequence[Prompted], cut: int | None)
     ]
     later = runner.decode(rows).unflatten(0, (len(sequences), -1))
     stored = [
-        torch.stack([layer[one.table].flatten(0, 1)[: len(one.tokens) + 2] for layer in runner.cache.layers[0]])
+        torch.stack(
+            [layer[one.table].flatten(0, 1)[: len(one.tokens) + 2] for layer in runner.cache.layers[LATENT_PLANE]]
+        )
         for one in sequences
     ]
     return [Outcome(torch.cat((a[None], b)), c) for a, b, c in zip(first, later, stored, strict=True)]
