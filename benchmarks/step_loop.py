@@ -43,7 +43,7 @@ def open_engine() -> Engine:
 
 
 def extents(engine: Engine) -> tuple[Extent, ...]:
-    return tuple(Extent(0, layer, 0, NUM_TOKENS) for layer in range(engine.layout.planes[0].num_layers))
+    return tuple(Extent("latent", layer, 0, NUM_TOKENS) for layer in range(engine.layout.planes[0].num_layers))
 
 
 class Feed:

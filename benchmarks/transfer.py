@@ -73,14 +73,14 @@ class Load:
 
     @property
     def extents(self) -> tuple[Extent, ...]:
-        return tuple(Extent(0, layer, 0, self.num_tokens) for layer in range(self.num_layers))
+        return tuple(Extent("latent", layer, 0, self.num_tokens) for layer in range(self.num_layers))
 
     def pool(self, fill: int) -> list[Any]:
         return [np.full(self.frame_bytes, fill, dtype=np.uint8) for _ in range(self.num_layers)]
 
 
 def memory_of(load: Load, pool: list[Any]) -> PoolMemory:
-    return PoolMemory(load.layout, {(0, layer): memoryview(rows) for layer, rows in enumerate(pool)})
+    return PoolMemory(load.layout, {("latent", layer): memoryview(rows) for layer, rows in enumerate(pool)})
 
 
 def tell(**message: Any) -> None:
@@ -151,7 +151,7 @@ def send_ours(sender: Sender, load: Load, transfer_id: str, places: dict[str, st
     )
     transfer = sender.open(target, load.sender_table, lambda outcome: (outcomes.append(outcome), done.set()))
     for layer in range(load.num_layers):
-        transfer.rows_ready(0, layer, 0, load.num_tokens)
+        transfer.rows_ready("latent", layer, 0, load.num_tokens)
     transfer.commit(Token(0))
     if not done.wait(60) or not outcomes[0].acked:
         raise SystemExit(f"transfer failed: {outcomes}")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from decode_service.stream import AttachKey, Ended, Stream
 from isthmus.convert import extent_to_proto, finish_reason_to_proto, request_to_proto, token_to_proto
 from isthmus.errors import IsthmusError
+from isthmus.kv.layout import KvLayout
 from isthmus.types import Token
 from isthmus.v1 import decode_pb2, types_pb2
 from kv_transfer.coverage import clipped
@@ -47,23 +48,24 @@ def refused(request_id: str, counter: int, error: IsthmusError) -> decode_pb2.Re
     )
 
 
-def transfer_failed(stream: Stream, failure: FailedTransfer) -> decode_pb2.TransferFailed:
+def transfer_failed(stream: Stream, failure: FailedTransfer, layout: KvLayout) -> decode_pb2.TransferFailed:
+    missing = clipped(failure.missing, stream.num_prompt_tokens)
     return decode_pb2.TransferFailed(
         request_id=stream.request_id,
         transfer_id=stream.transfer_id,
         attempt=failure.attempt,
         counter=stream.attach.counter,
-        missing=map(extent_to_proto, clipped(failure.missing, stream.num_prompt_tokens)),
+        missing=[extent_to_proto(extent, layout) for extent in missing],
         reason=failure.reason,
     )
 
 
-def rearmed(stream: Stream) -> decode_pb2.Rearmed:
+def rearmed(stream: Stream, layout: KvLayout) -> decode_pb2.Rearmed:
     return decode_pb2.Rearmed(
         request_id=stream.request_id,
         transfer_id=stream.transfer_id,
         attempt=stream.attempt,
-        missing=map(extent_to_proto, stream.missing),
+        missing=[extent_to_proto(extent, layout) for extent in stream.missing],
     )
 
 

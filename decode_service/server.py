@@ -135,6 +135,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         )
         request = convert.request_from_proto(reserve.request)
         stream = self._streams.reserve(request, _key(reserve.attach), session, terms)
+        layout = self._streams.engine.layout
         reserved = decode_pb2.Reserved(
             request_id=stream.request_id,
             counter=stream.attach.counter,
@@ -142,9 +143,9 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             attempt=stream.attempt,
             zmq_endpoint=self._identity.zmq_endpoint,
             incarnation=self._identity.incarnation,
-            layout_fingerprint=self._streams.engine.layout.fingerprint,
+            layout_fingerprint=layout.fingerprint,
             num_cached_tokens=stream.num_cached_tokens,
-            missing=map(convert.extent_to_proto, stream.missing),
+            missing=[convert.extent_to_proto(extent, layout) for extent in stream.missing],
         )
         session.send(reserved)
 
@@ -154,13 +155,13 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
             raise StaleOwner("the transfer is not being filled")
         if self._attachments.held(rearm.request_id, _key(rearm.attach)):
             self._streams.rearm(stream, rearm.attempt, rearm.fill_timeout_ms / 1000 or None)
-            session.send(messages.rearmed(stream))
+            session.send(messages.rearmed(stream, self._streams.engine.layout))
 
     def _move(self, move: decode_pb2.Move, session: RouterSession) -> None:
         if self._streams.get(move.request_id) is None:
             session.send(messages.moved(move.request_id, move.target.transfer_id, "it is not here"))
         elif self._mover and (stream := self._attachments.held(move.request_id, _key(move.attach))):
-            self._mover.move(stream, convert.target_from_proto(move.target))
+            self._mover.move(stream, convert.target_from_proto(move.target, self._streams.engine.layout))
 
 
 def _key(message: decode_pb2.AttachId) -> AttachKey:

@@ -136,7 +136,7 @@ class Streams:
             stream.free(self.engine.pool)
             self._leave(stream, "stream.ended", failure.reason)
         if not failure.finished:
-            stream.sink.send(messages.transfer_failed(stream, failure))
+            stream.sink.send(messages.transfer_failed(stream, failure, self.engine.layout))
 
     def end(self, stream: Stream, why: Ended) -> None:
         """Ends a stream in any phase; one that has ended and is kept is forgotten."""

@@ -1,5 +1,6 @@
 """Protobuf messages to the dataclasses of isthmus.types and back; the public request is read by router/validate.py."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -60,15 +61,22 @@ def token_from_proto(message: types_pb2.Token) -> Token:
     return Token(message.id, message.logprob if message.HasField("logprob") else None, top)
 
 
-def extent_to_proto(extent: Extent) -> types_pb2.Extent:
-    return types_pb2.Extent(**asdict(extent))
+def extent_to_proto(extent: Extent, layout: KvLayout) -> types_pb2.Extent:
+    return types_pb2.Extent(**{**asdict(extent), "plane": layout.number_of(extent.plane)})
 
 
-def extent_from_proto(message: types_pb2.Extent) -> Extent:
-    return Extent(message.plane, message.layer, message.first_token, message.num_tokens)
+def extents_from_proto(messages: Iterable[types_pb2.Extent], layout: KvLayout) -> tuple[Extent, ...]:
+    """Without those of planes that `layout` does not have: a peer of the same fingerprint means advisory ones."""
+    known = range(len(layout.planes))
+    return tuple(
+        Extent(layout.name_of(message.plane), message.layer, message.first_token, message.num_tokens)
+        for message in messages
+        if message.plane in known
+    )
 
 
-def target_from_proto(message: prefill_pb2.TransferTarget | decode_pb2.Reserved) -> TransferTarget:
+def target_from_proto(message: prefill_pb2.TransferTarget | decode_pb2.Reserved, layout: KvLayout) -> TransferTarget:
+    """`layout` is this process's, which the message's fingerprint need not be; whoever opens a transfer compares."""
     is_reserved = isinstance(message, decode_pb2.Reserved)
     return TransferTarget(
         transfer_id=message.transfer_id,
@@ -76,13 +84,14 @@ def target_from_proto(message: prefill_pb2.TransferTarget | decode_pb2.Reserved)
         zmq_endpoint=message.zmq_endpoint,
         receiver_incarnation=message.incarnation if is_reserved else message.receiver_incarnation,
         layout_fingerprint=message.layout_fingerprint,
-        missing=tuple(extent_from_proto(extent) for extent in message.missing),
+        missing=extents_from_proto(message.missing, layout),
     )
 
 
 def layout_to_proto(layout: KvLayout) -> types_pb2.KvLayout:
     values = asdict(layout)
     for plane in values["planes"]:
+        del plane["advisory"]
         plane["kind"] = types_pb2.PlaneKind.Value(f"PLANE_KIND_{plane['kind'].name}")
     return types_pb2.KvLayout(**values, fingerprint=layout.fingerprint)
 

@@ -58,14 +58,24 @@ class Token:
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (id, logprob), best first
 
 
+Place = tuple[str, int]  # (name of the plane, layer)
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Positions [first_token, first_token + num_tokens) of one plane and layer."""
+    """Positions [first_token, first_token + num_tokens) of one plane and layer.
 
-    plane: int
+    Only on the wire does a plane have a number: `isthmus.kv.layout.KvLayout.number_of`.
+    """
+
+    plane: str
     layer: int
     first_token: int
     num_tokens: int
+
+    @property
+    def place(self) -> Place:
+        return self.plane, self.layer
 
     @property
     def end(self) -> int:

@@ -39,6 +39,7 @@ class Courier:
     def __init__(self, incarnation: bytes, memory: RowMemory, ledger: Ledger, options: SenderOptions):
         self._incarnation = incarnation
         self._memory = memory
+        self._layout = memory.layout
         self._ledger = ledger
         self._now = SystemClock().now
         self._options = options
@@ -65,7 +66,7 @@ class Courier:
         key = (target.receiver_incarnation, target.zmq_endpoint)
         if (link := self._links.get(key)) is None:
             try:
-                link = Link(self._context, self._incarnation, target, self._options.failpoints)
+                link = Link(self._context, self._incarnation, self._layout, target, self._options.failpoints)
             except LinkLost as lost:
                 self._finish(transfer, str(lost))
                 return
@@ -163,6 +164,9 @@ class Courier:
         state = transfer.state
         piece = state.pieces[0]
         row_bytes = self._memory.row_bytes(piece.plane)
+        if row_bytes > link.max_body_bytes and self._layout.plane(piece.plane).advisory:
+            state.pieces.popleft()  # the receiver's rows of this plane are others: it would not keep them anyway
+            return True
         max_rows = max(1, min(link.max_body_bytes, self._options.max_frame_bytes) // row_bytes)
         part = replace(piece, num_tokens=min(piece.num_tokens, max_rows))
         num_bytes = part.num_tokens * row_bytes
@@ -170,17 +174,17 @@ class Courier:
             link.await_since(self._now())
             return False
         interval = (part.first_token, part.end)
-        place, table = (piece.plane, piece.layer), transfer.block_table
-        slot, body = None, self._memory.contiguous(place, table, interval)
+        table = transfer.block_table
+        slot, body = None, self._memory.contiguous(piece.place, table, interval)
         if body is None:
             if (slot := self._staging.acquire(num_bytes)) is None:
                 return False
             body = slot.view
-            self._memory.read_rows(place, table, interval, body)
-        if state.note_sent():
+            self._memory.read_rows(piece.place, table, interval, body)
+        if state.note_sent(piece.plane):
             self._record("transfer.first_frame_sent", transfer)
         name, tracker = link.send_fill(transfer.target, part, body)
-        link.in_flight[name] = InFlight(transfer, num_bytes, slot, tracker)
+        link.in_flight[name] = InFlight(transfer, piece.plane, num_bytes, slot, tracker)
         state.num_borrowed += slot is None
         link.await_since(self._now())
         state.pieces.popleft()
@@ -209,7 +213,7 @@ class Courier:
 
     def _acked(self, link: Link, name: FrameName) -> None:
         if frame := link.in_flight.pop(name, None):
-            frame.transfer.state.note_acked(frame.num_bytes)
+            frame.transfer.state.note_acked(frame.plane, frame.num_bytes)
             frame.transfer.state.progress_at = self._now()
             self._let_go(frame)
         elif name.kind == FrameKind.COMMIT.value:
@@ -223,8 +227,12 @@ class Courier:
         kind = 0 if abort.refused is None else abort.refused.value
         name = header.name._replace(kind=kind)
         if frame := link.in_flight.pop(name, None):
-            frame.transfer.state.num_in_flight -= 1
+            is_advisory = self._layout.plane(frame.plane).advisory
+            frame.transfer.state.num_in_flight -= not is_advisory
             self._let_go(frame)
+            if is_advisory:  # the transfer does not depend on it
+                self.counters.add(f"refused_by_peer.{abort.cause}")
+                return
         if transfer := self._find(link, name):
             self.counters.add(f"refused_by_peer.{abort.cause}" if abort.refused else "aborted_by_peer")
             self._finish(transfer, f"refused: {abort.cause}" if abort.refused else f"aborted: {abort.cause}")

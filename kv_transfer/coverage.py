@@ -5,36 +5,40 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from isthmus.kv.layout import KvLayout
-from isthmus.types import Extent
+from isthmus.types import Extent, Place
 
-Place = tuple[int, int]  # (plane, layer)
 Interval = tuple[int, int]  # [first, end)
 
 
 class Coverage:
-    """Starts with everything in `extents` missing. One owner; not thread-safe."""
+    """Starts with everything in `extents`, of planes of `layout`, missing.
 
-    def __init__(self, extents: Iterable[Extent]):
+    Written by its one owner only: the transfer whose rows it follows, on the thread or under the lock that owns that.
+    """
+
+    def __init__(self, layout: KvLayout, extents: Iterable[Extent]):
+        self._layout = layout
         self._granted: dict[Place, list[Interval]] = {}
-        for extent in extents:
-            _add(self._granted.setdefault((extent.plane, extent.layer), []), extent.first_token, extent.end)
+        for extent in sorted(extents, key=lambda extent: (layout.number_of(extent.plane), extent.layer)):
+            _add(self._granted.setdefault(extent.place, []), extent.first_token, extent.end)
         self._left = {place: list(intervals) for place, intervals in self._granted.items()}
-        self._num_left = sum(end - first for intervals in self._left.values() for first, end in intervals)
+        self._num_required_left = sum(extent.num_tokens for extent in self.missing_required())
 
     @property
     def is_complete(self) -> bool:
-        return self._num_left == 0
+        """Every row of a required plane has come."""
+        return self._num_required_left == 0
 
-    def grants(self, plane: int, layer: int, interval: Interval) -> bool:
+    def grants(self, place: Place, interval: Interval) -> bool:
         """Whether the whole interval was asked for, come or not."""
-        intervals = self._granted.get((plane, layer), [])
+        intervals = self._granted.get(place, [])
         at = bisect_right(intervals, (interval[0], 2**63)) - 1
         return at >= 0 and interval[0] < interval[1] <= intervals[at][1]
 
-    def gaps(self, plane: int, layer: int, interval: Interval) -> list[Interval]:
+    def gaps(self, place: Place, interval: Interval) -> list[Interval]:
         """The parts of the interval that are still missing, in order."""
         first, end = interval
-        left = self._left.get((plane, layer), [])
+        left = self._left.get(place, [])
         at = max(bisect_right(left, (first, 2**63)) - 1, 0)
         found: list[Interval] = []
         while at < len(left) and left[at][0] < end:
@@ -44,31 +48,35 @@ class Coverage:
             at += 1
         return found
 
-    def cover(self, plane: int, layer: int, interval: Interval) -> None:
+    def cover(self, place: Place, interval: Interval) -> None:
         """The interval has come; covering twice changes nothing."""
-        left = self._left.get((plane, layer), [])
-        for first, end in self.gaps(plane, layer, interval):
+        left = self._left.get(place, [])
+        for first, end in self.gaps(place, interval):
             at = bisect_right(left, (first, 2**63)) - 1
             start, stop = left[at]
             left[at : at + 1] = [part for part in ((start, first), (end, stop)) if part[0] < part[1]]
-            self._num_left -= end - first
+            if not self._layout.plane(place[0]).advisory:
+                self._num_required_left -= end - first
 
     def missing(self) -> tuple[Extent, ...]:
+        """By place and position, in the layout's order of places."""
         return tuple(
-            Extent(plane, layer, first, end - first)
-            for (plane, layer), intervals in sorted(self._left.items())
-            for first, end in intervals
+            Extent(*place, first, end - first) for place, intervals in self._left.items() for first, end in intervals
         )
+
+    def missing_required(self) -> tuple[Extent, ...]:
+        """Those of `missing` that must come before anything can rest on the rows."""
+        return self._layout.required(self.missing())
 
 
 def extents(layout: KvLayout, first: int, end: int) -> tuple[Extent, ...]:
-    """Positions [first, end) of every plane and layer."""
+    """Positions [first, end) of every plane and layer, advisory ones included."""
     return tuple(Extent(*place, first, end - first) for place in layout.places if end > first)
 
 
-def normalised(extents: Iterable[Extent]) -> tuple[Extent, ...]:
+def normalised(layout: KvLayout, extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """The same positions as sorted, disjoint, merged extents: equal sets compare equal."""
-    return Coverage(extents).missing()
+    return Coverage(layout, extents).missing()
 
 
 def clipped(extents: Iterable[Extent], end: int) -> tuple[Extent, ...]:

@@ -9,6 +9,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from isthmus.failpoints import Failpoints
+from isthmus.kv.layout import KvLayout
 from isthmus.types import Extent, TransferTarget
 from kv_transfer.faulty_wire import HarmedWire
 from kv_transfer.frames import MAX_BODY_BYTES, Buffer, FrameHeader, FrameKind, FrameName, is_intact, seal
@@ -36,6 +37,7 @@ class InFlight:
     """A fill frame without an answer; its memory may change after the answer, or after the tracker of a closed link."""
 
     transfer: OutgoingTransfer
+    plane: str
     num_bytes: int
     slot: StagingSlot | None  # None: sent straight from the pool
     tracker: zmq.MessageTracker
@@ -44,10 +46,13 @@ class InFlight:
 class Link:
     """Used by the sender's thread only. Asks for credit as soon as it exists."""
 
-    def __init__(self, context: Context, sender: bytes, target: TransferTarget, failpoints: Failpoints):
+    def __init__(
+        self, context: Context, sender: bytes, layout: KvLayout, target: TransferTarget, failpoints: Failpoints
+    ):
         """Raises LinkLost for an endpoint that is none, ValueError for ids that are not hex."""
         ends = (bytes.fromhex(target.layout_fingerprint), sender, bytes.fromhex(target.receiver_incarnation))
         self._blank = FrameHeader(FrameKind.CREDIT, *ends)  # what every header on this link has in common
+        self._layout = layout
         self.credit_bytes = 0
         self.max_body_bytes = MAX_BODY_BYTES
         self.in_flight: dict[FrameName, InFlight] = {}
@@ -78,7 +83,7 @@ class Link:
 
     def send_fill(self, target: TransferTarget, rows: Extent, body: memoryview) -> tuple[FrameName, zmq.MessageTracker]:
         """The body is read until the tracker is done. Raises LinkLost: the socket itself is never full."""
-        place = {"plane": rows.plane, "layer": rows.layer, "first_token": rows.first_token}
+        place = {"plane": self._layout.number_of(rows.plane), "layer": rows.layer, "first_token": rows.first_token}
         header = self._header(FrameKind.FILL, body, target, num_tokens=rows.num_tokens, **place)
         try:
             self._wire.send(seal(header, body), _SEND_MORE)

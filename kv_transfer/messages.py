@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from isthmus.convert import token_from_proto, token_to_proto
+from isthmus.kv.layout import KvLayout
 from isthmus.types import Extent, Token
 from isthmus.v1 import decode_pb2
 from kv_transfer.frames import KINDS, MAX_BODY_BYTES, BadFrame, Buffer, FrameKind, FrameName, Refusal
@@ -23,19 +24,26 @@ _CREDIT = struct.Struct("<Q")  # bytes granted; 0 asks
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Tokens 0 to k - 1 and the rows that must be there before decode may go on: k is 1 unless a stream moves."""
+    """Tokens 0 to k - 1, and the rows of required planes without which decode cannot go on.
+
+    k is 1 unless a stream moves.
+    """
 
     tokens: tuple[Token, ...]
     extents: tuple[Extent, ...]
 
-    def encode(self) -> bytes:
+    def encode(self, layout: KvLayout) -> bytes:
         """May be longer than MAX_COMMIT_BYTES, which no receiver takes."""
         tokens = decode_pb2.StreamTokens(tokens=map(token_to_proto, self.tokens)).SerializeToString()
-        extents = (_EXTENT.pack(e.plane, e.layer, e.first_token, e.num_tokens) for e in self.extents)
+        extents = (
+            _EXTENT.pack(layout.number_of(extent.plane), extent.layer, extent.first_token, extent.num_tokens)
+            for extent in self.extents
+        )
         return _COMMIT.pack(len(tokens), len(self.extents)) + tokens + b"".join(extents)
 
     @classmethod
-    def decode(cls, body: Buffer) -> "Commit":
+    def decode(cls, body: Buffer, layout: KvLayout) -> "Commit":
+        """Raises BadFrame, also for a plane that `layout` does not have."""
         if not _COMMIT.size <= len(body) <= MAX_COMMIT_BYTES:
             raise BadFrame(Refusal.BAD_BODY)
         tokens_bytes, num_extents = _COMMIT.unpack_from(body)
@@ -46,7 +54,11 @@ class Commit:
             tokens = decode_pb2.StreamTokens.FromString(bytes(body[_COMMIT.size : extents_at])).tokens
         except DecodeError as error:
             raise BadFrame(Refusal.BAD_BODY) from error
-        extents = tuple(Extent(*fields) for fields in _EXTENT.iter_unpack(body[extents_at:]))
+        numbered = list(_EXTENT.iter_unpack(body[extents_at:]))
+        try:
+            extents = tuple(Extent(layout.name_of(number), *fields) for number, *fields in numbered)
+        except KeyError as error:
+            raise BadFrame(Refusal.WRONG_EXTENTS) from error
         return cls(tuple(map(token_from_proto, tokens)), extents)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from isthmus.kv.layout import KvLayout
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.coverage import Coverage
 from kv_transfer.messages import MAX_COMMIT_BYTES, Commit
@@ -41,7 +42,7 @@ class OutgoingTransfer:
     state: "OutgoingState"
     _post: Callable[[Command], None]
 
-    def rows_ready(self, plane: int, layer: int, first: int, n: int) -> None:
+    def rows_ready(self, plane: str, layer: int, first: int, n: int) -> None:
         """Positions [first, first + n) are final in the pool. Only what the target misses goes out, and only once."""
         self._post(lambda courier: courier.add_rows(self, Extent(plane, layer, first, n)))
 
@@ -57,19 +58,21 @@ class OutgoingTransfer:
 class OutgoingState:
     """What is queued, under way and acknowledged. Only the sender's thread writes it."""
 
-    def __init__(self, missing: tuple[Extent, ...], block_size: int):
-        self.coverage = Coverage(missing)  # of rows handed in
+    def __init__(self, missing: tuple[Extent, ...], layout: KvLayout):
+        self.coverage = Coverage(layout, missing)  # of rows handed in
         self.pieces: deque[Extent] = deque()  # rows computed and not sent yet
         self.commit: bytes | None = None  # encoded
         self.commit_sent = False
-        self.num_in_flight = 0  # fill frames without an answer
+        self.num_in_flight = 0  # fill frames of required planes without an answer
         self.num_borrowed = 0  # frames that ZeroMQ reads straight from the pool
         self.has_ended = False
         self.progress_at = 0.0  # Clock.now() of the last answer, or of the commit
         self.closed = False  # on_done has been called, or is being called
         self._missing = missing
+        self._layout = layout
         self._has_sent = False
-        blocks = {block for e in missing for block in range(e.first_token // block_size, -(-e.end // block_size))}
+        size = layout.block_size
+        blocks = {block for e in missing for block in range(e.first_token // size, -(-e.end // size))}
         self.outcome = TransferOutcome(len(blocks))  # as far as it is known
 
     @property
@@ -79,25 +82,28 @@ class OutgoingState:
 
     def add_rows(self, rows: Extent) -> None:
         interval = (rows.first_token, rows.end)
-        for first, end in self.coverage.gaps(rows.plane, rows.layer, interval):
-            self.pieces.append(Extent(rows.plane, rows.layer, first, end - first))
-        self.coverage.cover(rows.plane, rows.layer, interval)
+        for first, end in self.coverage.gaps(rows.place, interval):
+            self.pieces.append(Extent(*rows.place, first, end - first))
+        self.coverage.cover(rows.place, interval)
 
     def add_commit(self, tokens: tuple[Token, ...]) -> str:
-        """Why the commit could not be honoured; empty if it can: it is sent after the rows."""
+        """Why the commit could not be honoured; empty if it can: it is sent after the rows.
+
+        It rests on rows of required planes only: a receiver that has other advisory planes agrees with it.
+        """
         if not self.coverage.is_complete:
             return "committed before its rows"
-        self.commit = Commit(tokens, self._missing).encode()
+        self.commit = Commit(tokens, self._layout.required(self._missing)).encode(self._layout)
         return "" if len(self.commit) <= MAX_COMMIT_BYTES else "too many tokens for a commit"
 
-    def note_sent(self) -> bool:
+    def note_sent(self, plane: str) -> bool:
         """A fill frame leaves; True for the first."""
-        self.num_in_flight += 1
+        self.num_in_flight += not self._layout.plane(plane).advisory
         is_first, self._has_sent = not self._has_sent, True
         return is_first
 
-    def note_acked(self, num_bytes: int) -> None:
-        self.num_in_flight -= 1
+    def note_acked(self, plane: str, num_bytes: int) -> None:
+        self.num_in_flight -= not self._layout.plane(plane).advisory
         num_bytes, num_frames = self.outcome.bytes + num_bytes, self.outcome.frames + 1
         self.outcome = replace(self.outcome, bytes=num_bytes, frames=num_frames, last_ack_ns=time.monotonic_ns())
 

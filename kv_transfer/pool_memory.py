@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from isthmus.kv.layout import KvLayout
-from kv_transfer.coverage import Interval, Place
+from isthmus.types import Place
+from kv_transfer.coverage import Interval
 from kv_transfer.frames import Buffer
 
 Bytes = npt.NDArray[np.uint8]
@@ -31,7 +32,7 @@ class RowMemory(Protocol):
         """Raises ValueError for a block id outside the pool."""
         ...
 
-    def row_bytes(self, plane: int) -> int: ...
+    def row_bytes(self, plane: str) -> int: ...
 
     def contiguous(self, place: Place, block_table: Sequence[int], interval: Interval) -> memoryview | None:
         """The rows where they lie, if they can be sent from there."""
@@ -69,8 +70,8 @@ class PoolMemory:
         if block_table and not (min(block_table) >= 0 and max(block_table) < self.num_blocks):
             raise ValueError(f"block ids must lie in [0, {self.num_blocks})")
 
-    def row_bytes(self, plane: int) -> int:
-        return self.layout.planes[plane].row_bytes
+    def row_bytes(self, plane: str) -> int:
+        return self.layout.plane(plane).row_bytes
 
     def contiguous(self, place: Place, block_table: Sequence[int], interval: Interval) -> memoryview | None:
         """The rows where they lie, if their blocks are neighbours in order; None otherwise."""
@@ -101,7 +102,7 @@ class PoolMemory:
                 blocks[ids] = piece
 
     def _pieces(
-        self, plane: int, block_table: Sequence[int], interval: Interval, body: Buffer
+        self, plane: str, block_table: Sequence[int], interval: Interval, body: Buffer
     ) -> Iterator[tuple[list[int], slice, Bytes]]:
         """(block ids, their columns, the body's part): a partial first block, whole blocks, a partial last one."""
         row_bytes, block_size = self.row_bytes(plane), self.layout.block_size

@@ -179,6 +179,7 @@ class Receiver:
     def _fill(self, link: bytes, header: FrameHeader, raw_header: bytes, body: memoryview) -> None:
         with self._lock:
             accept = self._transfers.check(header)
+            was_covered = accept.transfer.is_covered
             self._writing = header.transfer_id
         try:
             if not is_intact(raw_header, body):
@@ -192,17 +193,17 @@ class Receiver:
                 self._writing = None
                 self._lock.notify_all()
         self._replies.ack(link, header.name)
-        if accept.gaps and accept.transfer.is_covered:
+        if not was_covered and accept.transfer.is_covered:
             self._record("transfer.covered", accept.transfer)
 
     def _write_gaps(self, accept: Accept, header: FrameHeader, body: memoryview) -> None:
-        place, table = (header.plane, header.layer), accept.transfer.reservation.block_table
-        row_bytes = self._memory.row_bytes(header.plane)
+        place, table = accept.place, accept.transfer.reservation.block_table
+        row_bytes = self._memory.row_bytes(place[0])
         for first, end in accept.gaps:
             self._memory.write_rows(place, table, (first, end), body[(first - header.first_token) * row_bytes :])
 
     def _commit(self, link: bytes, header: FrameHeader, body: memoryview) -> None:
-        commit = Commit.decode(body)
+        commit = Commit.decode(body, self._memory.layout)
         with self._lock:
             was_claimed = (known := self._transfers.find(header.transfer_id)) and known.state is HandoffState.CLAIMED
             self._transfers.committed(header, commit)

@@ -28,7 +28,7 @@ _STAGING_BYTES = 8 * 2**20
 def round_trip(layout: KvLayout, *, timeout_s: float = 5.0) -> None:
     """Two blocks of every plane and layer, sent and compared. Blocks the caller. Raises TransferIncomplete."""
     num_tokens = _NUM_BLOCKS * layout.block_size
-    sizes = {place: num_tokens * layout.planes[place[0]].row_bytes for place in layout.places}
+    sizes = {place: num_tokens * layout.plane(place[0]).row_bytes for place in layout.places}
     source = {place: memoryview(bytearray(os.urandom(size))) for place, size in sizes.items()}
     landing = {place: memoryview(bytearray(size)) for place, size in sizes.items()}
     _transfer(PoolMemory(layout, source), PoolMemory(layout, landing), extents(layout, 0, num_tokens), timeout_s)

@@ -47,13 +47,15 @@ class Sender:
         if any(len(bytes.fromhex(name)) != 16 for name in (target.transfer_id, target.receiver_incarnation)):
             raise ValueError("transfer id and receiver incarnation are 32 hex digits")
         self._memory.check_table(block_table)
+        if unknown := {extent.plane for extent in target.missing} - {plane.name for plane in layout.planes}:
+            raise ValueError(f"the layout has no plane {sorted(unknown)}")
 
         def done(outcome: TransferOutcome) -> None:
             with self._lock:
                 self._num_open -= 1
             on_done(outcome)
 
-        state = OutgoingState(target.missing, layout.block_size)
+        state = OutgoingState(target.missing, layout)
         transfer = OutgoingTransfer(target, tuple(block_table), done, request_id, state, self._post)
         with self._lock:
             if self._stopping or self._num_open >= self._max_transfers:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from isthmus.errors import Overloaded, StaleOwner
 from isthmus.kv.layout import KvLayout
-from isthmus.types import Extent
+from isthmus.types import Extent, Place
 from kv_transfer.coverage import Coverage, Interval, clipped, normalised
 from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, Refusal
 from kv_transfer.messages import Commit
@@ -69,7 +69,7 @@ class IncomingTransfer:
         """Every row is there that the commit rests on; before the commit, that may be written."""
         if self.commit is None or self.coverage.is_complete:
             return self.coverage.is_complete
-        return not self.reservation.wanted(self.coverage.missing(), len(self.commit.tokens))
+        return not self.reservation.wanted(self.coverage.missing_required(), len(self.commit.tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,14 @@ class StateChange:
 
 @dataclass(frozen=True, slots=True)
 class Accept:
-    """The frame may be acted on; `gaps` are the positions to write, none for a duplicate."""
+    """The frame may be acted on; `gaps` are the positions of `place` to write.
+
+    There are none for a duplicate, after the claim, and for advisory rows of another size than ours: such a frame is
+    acknowledged and changes nothing.
+    """
 
     transfer: IncomingTransfer
+    place: Place = ("", 0)  # of a FILL
     gaps: tuple[Interval, ...] = ()
 
 
@@ -117,7 +122,7 @@ class IncomingTransfers:
         if len(self._transfers) >= self.max_transfers:
             raise Overloaded(f"{self.max_transfers} transfers are open")
         self._check_extents(reservation)
-        coverage = Coverage(reservation.missing)
+        coverage = Coverage(self.layout, reservation.missing)
         transfer = IncomingTransfer(reservation, reservation.attempt, coverage, coverage.missing())
         self._transfers[transfer_id] = transfer
         self.on_change(StateChange(transfer, None))
@@ -146,17 +151,18 @@ class IncomingTransfers:
         if not accept.gaps:
             return accept
         transfer = accept.transfer
-        row_bytes = self.layout.planes[header.plane].row_bytes
+        row_bytes = self.layout.plane(accept.place[0]).row_bytes
         self._begin_filling(transfer, header)
         transfer.num_bytes += sum(end - first for first, end in accept.gaps) * row_bytes
-        transfer.coverage.cover(header.plane, header.layer, (header.first_token, header.end_token))
+        transfer.coverage.cover(accept.place, (header.first_token, header.end_token))
         self._claim_if_complete(transfer)
         return accept
 
     def committed(self, header: FrameHeader, commit: Commit) -> None:
         """The commit came; it waits for the rows. A second one changes nothing."""
         transfer = self.check(header).transfer
-        if normalised(commit.extents) != transfer.reservation.wanted(transfer.expected, len(commit.tokens)):
+        expected = self.layout.required(transfer.expected)
+        if normalised(self.layout, commit.extents) != transfer.reservation.wanted(expected, len(commit.tokens)):
             raise BadFrame(Refusal.WRONG_EXTENTS)
         if transfer.commit is None:
             self._begin_filling(transfer, header)
@@ -217,19 +223,26 @@ class IncomingTransfers:
 
     def _check_range(self, transfer: IncomingTransfer, header: FrameHeader) -> Accept:
         interval = (header.first_token, header.end_token)
-        if not transfer.coverage.grants(header.plane, header.layer, interval):
+        try:
+            place = (self.layout.name_of(header.plane), header.layer)
+        except KeyError as error:
+            raise BadFrame(Refusal.OUT_OF_RANGE) from error
+        if not transfer.coverage.grants(place, interval):
             raise BadFrame(Refusal.OUT_OF_RANGE)
-        if header.body_bytes != header.num_tokens * self.layout.planes[header.plane].row_bytes:
+        plane = self.layout.plane(place[0])
+        has_our_size = header.body_bytes == header.num_tokens * plane.row_bytes
+        if not has_our_size and not plane.advisory:
             raise BadFrame(Refusal.BAD_BODY)
-        return Accept(transfer, tuple(transfer.coverage.gaps(header.plane, header.layer, interval)))
+        if not has_our_size or transfer.state is HandoffState.CLAIMED:
+            return Accept(transfer, place)
+        return Accept(transfer, place, tuple(transfer.coverage.gaps(place, interval)))
 
     def _check_extents(self, reservation: Reservation) -> None:
         capacity = len(reservation.block_table) * self.layout.block_size
+        places = set(self.layout.places)
         for extent in reservation.missing:
-            if not 0 <= extent.plane < len(self.layout.planes):
-                raise ValueError(f"{extent}: the layout has {len(self.layout.planes)} planes")
-            if not 0 <= extent.layer < self.layout.planes[extent.plane].num_layers:
-                raise ValueError(f"{extent}: the plane has {self.layout.planes[extent.plane].num_layers} layers")
+            if extent.place not in places:
+                raise ValueError(f"{extent}: the layout has no such plane or layer")
             if not 0 <= extent.first_token < extent.end <= capacity:
                 raise ValueError(f"{extent}: the block table holds {capacity} tokens")
 

@@ -23,10 +23,10 @@ def publish_rows(chunks: Ordered[Chunk], layout: KvLayout, context: WorkerContex
     live = [chunk for chunk in chunks if not chunk.sequence.must_stop(now)]
     if 2 * num_rows(live) < num_rows(chunks):
         raise Abandoned
-    plane = next(index for index, plane in enumerate(layout.planes) if plane.name == plane_name)
-    is_last = plane == 0 and layer == layout.planes[plane].num_layers - 1
+    first_plane = layout.planes[0]
+    is_last = plane_name == first_plane.name and layer == first_plane.num_layers - 1
     for sequence, start, num_tokens in live:
-        send_rows(sequence, plane, layer, start, num_tokens)
+        send_rows(sequence, plane_name, layer, start, num_tokens)
         if is_last and start == sequence.num_cached_tokens:
             context.ledger.record("prefill.first_chunk_stored", request_id=sequence.request.request_id)
 
@@ -35,7 +35,7 @@ def num_rows(chunks: Ordered[Chunk]) -> int:
     return sum(chunk.num_tokens for chunk in chunks)
 
 
-def send_rows(sequence: Sequence, plane: int, layer: int, start: int, num_tokens: int) -> None:
+def send_rows(sequence: Sequence, plane: str, layer: int, start: int, num_tokens: int) -> None:
     """Offers rows of one plane and layer; what decode already holds is skipped by the transfer."""
     if sequence.transfer is not None and num_tokens > 0:
         sequence.transfer.rows_ready(plane, layer, start, num_tokens)

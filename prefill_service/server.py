@@ -36,8 +36,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         """Queued, Progress, FirstToken, Done(acked). A caller that leaves before Done cancels the work."""
         engine_request = request_from_proto(request.request)
-        target = target_from_proto(request.target) if request.HasField("target") else None
-        prefill_loop = self._admit(engine_request, target)
+        prefill_loop, target = self._admit(engine_request, request)
         # Bounded by the events of one prompt: one per chunk and four more.
         events: asyncio.Queue[Event] = asyncio.Queue()
         sequence = self._sequence(engine_request, target, events)
@@ -76,7 +75,9 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
 
         return Sequence(request=request, target=target, emit=emit, deadline=deadline)
 
-    def _admit(self, request: Request, target: TransferTarget | None) -> PrefillLoop:
+    def _admit(
+        self, request: Request, message: prefill_pb2.PrefillRequest
+    ) -> tuple[PrefillLoop, TransferTarget | None]:
         engine = self._engine
         if engine is None or self._prefill_loop is None:
             raise WorkersUnavailable("this prefill worker is starting", retry_after_s=0.2)
@@ -89,6 +90,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
             )
         if request.numerics_digest and request.numerics_digest != engine.numerics_digest:
             raise StaleOwner("the request belongs to another numerics class")
+        target = target_from_proto(message.target, engine.layout) if message.HasField("target") else None
         if target is not None and target.layout_fingerprint != engine.layout.fingerprint:
             raise LayoutMismatch("the decode worker's cache layout differs from this worker's")
-        return self._prefill_loop
+        return self._prefill_loop, target

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.kv.slots import slots_at
+from isthmus.types import Place
 
 _STAGING_BYTES = 4 << 20  # of each direction: the largest frame
 _HIGH_PRIORITY = -1  # a few small kernels that need not wait behind a step's
@@ -56,45 +57,41 @@ class DeviceMemory:
         self._gather, self._scatter = gather, scatter
         self._rows = {
             (plane, layer): blocks.flatten(0, 1).view(torch.uint8)
-            for plane, layers in enumerate(cache.layers.values())
+            for plane, layers in cache.layers.items()
             for layer, blocks in enumerate(layers)
         }
-        device = cache.layers[self.layout.planes[0].name][0].device
+        device = self._rows[self.layout.places[0]].device
         narrowest = min(plane.row_bytes for plane in self.layout.planes)
         self._outgoing = _Lane(device, staging_bytes, staging_bytes // narrowest)
         self._incoming = _Lane(device, staging_bytes, staging_bytes // narrowest)
-        for plane in range(len(self.layout.planes)):
-            row = bytearray(self.row_bytes(plane))
-            self.read_rows((plane, 0), [0], (0, 1), row)
-            self.write_rows((plane, 0), [0], (0, 1), row)
+        for plane in self.layout.planes:
+            row = bytearray(plane.row_bytes)
+            self.read_rows((plane.name, 0), [0], (0, 1), row)
+            self.write_rows((plane.name, 0), [0], (0, 1), row)
 
     def check_table(self, block_table: Sequence[int]) -> None:
         """Raises ValueError for a block id outside the pool; copies below trust the table."""
         if block_table and not (min(block_table) >= 0 and max(block_table) < self.num_blocks):
             raise ValueError(f"block ids must lie in [0, {self.num_blocks})")
 
-    def row_bytes(self, plane: int) -> int:
-        return self.layout.planes[plane].row_bytes
+    def row_bytes(self, plane: str) -> int:
+        return self.layout.plane(plane).row_bytes
 
-    def contiguous(self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int]) -> None:
+    def contiguous(self, place: Place, block_table: Sequence[int], interval: tuple[int, int]) -> None:
         """The host sees no row where it lies."""
 
-    def read_rows(
-        self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int], into: Bytes
-    ) -> None:
+    def read_rows(self, place: Place, block_table: Sequence[int], interval: tuple[int, int], into: Bytes) -> None:
         """Positions [first, end) of (plane, layer) into the start of `into`, once they are stored."""
         lane = self._outgoing
         for slots, piece in self._pieces(place[0], block_table, interval, into):
             with lane.turn():
-                self._stored.wait(self.layout.planes[place[0]].name, place[1])
+                self._stored.wait(*place)
                 packed = lane.packed[: piece.size].view(len(slots), -1)
                 self._gather(self._rows[place], lane.put(slots), packed)
                 lane.pinned[: piece.size].copy_(packed.view(-1), non_blocking=True)
             np.copyto(piece, lane.bytes[: piece.size])
 
-    def write_rows(
-        self, place: tuple[int, int], block_table: Sequence[int], interval: tuple[int, int], body: Bytes
-    ) -> None:
+    def write_rows(self, place: Place, block_table: Sequence[int], interval: tuple[int, int], body: Bytes) -> None:
         """The start of `body` into positions [first, end) of (plane, layer)."""
         lane = self._incoming
         for slots, piece in self._pieces(place[0], block_table, interval, body):
@@ -105,7 +102,7 @@ class DeviceMemory:
                 self._scatter(self._rows[place], lane.put(slots), packed.view(len(slots), -1))
 
     def _pieces(
-        self, plane: int, block_table: Sequence[int], interval: tuple[int, int], body: Bytes
+        self, plane: str, block_table: Sequence[int], interval: tuple[int, int], body: Bytes
     ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
         """(slots, the body's part) of as many rows as the staging holds."""
         row_bytes, block_size = self.row_bytes(plane), self.layout.block_size

@@ -41,9 +41,9 @@ class StoredLayers:
 
 
 class LatentCache:
-    """`layers[plane][layer]` is [num_blocks, block_size, row_elements], written by step loop and receiver.
+    """`layers[plane name][layer]` is [num_blocks, block_size, row_elements], written by step loop and receiver.
 
-    `rows[plane][layer]` is the same memory as [slots + 1, row_elements]; a slot is block * block_size + offset.
+    `rows[plane name][layer]` is the same memory as [slots + 1, row_elements]; a slot is block * block_size + offset.
     """
 
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
@@ -64,9 +64,9 @@ class LatentCache:
             for name, plane in self.rows.items()
         }
 
-    def memory(self, plane: int, layer: int) -> memoryview:
+    def memory(self, plane: str, layer: int) -> memoryview:
         """Writable bytes of all blocks of one layer, for the transfer path; they live as long as this cache."""
-        blocks = self.layers[self.layout.planes[plane].name][layer]
+        blocks = self.layers[plane][layer]
         if blocks.device.type != "cpu":
             raise NotYet(f"transfer memory on {blocks.device.type}")
         return blocks.view(torch.uint8).numpy().reshape(-1).data

@@ -12,6 +12,7 @@ from isthmus.engine.engine import USUAL_LIMITS, Engine, require_room
 from isthmus.errors import CannotStart
 from isthmus.kv.planes import kv_layout, stored_as
 from isthmus.steps import StepLimits
+from isthmus.types import Place
 from isthmus.v1 import admin_pb2
 
 CPU_CACHE_BYTES = 256 << 20
@@ -78,6 +79,6 @@ def device_memory(engine: Engine) -> DeviceMemory | None:
     return DeviceMemory(engine.cache, gather=gather_rows, scatter=scatter_rows)
 
 
-def transfer_memory(engine: Engine) -> dict[tuple[int, int], memoryview]:
+def transfer_memory(engine: Engine) -> dict[Place, memoryview]:
     """Writable bytes of a cache in this process's memory by (plane, layer), as the transfer path takes them."""
     return {place: engine.cache.memory(*place) for place in engine.layout.places}

@@ -18,9 +18,14 @@ from isthmus.checkpoint.directory import Checkpoint
 from isthmus.clock import Clock
 from isthmus.convert import request_to_proto, target_from_proto, token_from_proto
 from isthmus.engine.engine import Engine
+from isthmus.engine.latent_cache import LatentCache
+from isthmus.engine.open_runner import open_decoder
+from isthmus.engine.runner import TorchRunner
 from isthmus.engine.sampler import sample
 from isthmus.failpoints import Failpoints
 from isthmus.ids import SystemIds
+from isthmus.kv.layout import Plane, PlaneKind
+from isthmus.kv.planes import LATENT
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity
@@ -42,6 +47,8 @@ from kv_transfer.sender import Sender
 from tests.engine.engines import poison
 
 WAIT_S = 20.0
+DRAFTING = "+drafting"
+DRAFT = Plane("draft", PlaneKind.APPEND_ONLY, 2, 6, "fp32", advisory=True)
 SEEDED = SamplingParams(
     max_tokens=40, temperature=1.0, top_p=0.9, logprobs=2, frequency_penalty=0.5, repetition_penalty=1.1
 )
@@ -49,8 +56,14 @@ SEEDED = SamplingParams(
 
 @cache
 def engine(name: str) -> Engine:
-    """One per name, so that workers have pools of their own."""
-    return Engine.open(Checkpoint.open("bundled"), num_blocks=96)
+    """One per name, so that workers have pools of their own; with a drafting plane if the name ends in `DRAFTING`."""
+    opened = Engine.open(Checkpoint.open("bundled"), num_blocks=96)
+    if not name.endswith(DRAFTING):
+        return opened
+    layout = replace(opened.layout, planes=(*opened.layout.planes, DRAFT))
+    cache = LatentCache(layout, opened.pool.num_blocks, opened.device)
+    runner = TorchRunner(opened.runner.model, cache)
+    return replace(opened, layout=layout, cache=cache, runner=runner, decoder=open_decoder(runner))
 
 
 def request(num_prompt_tokens: int = 50, sampling: SamplingParams = SEEDED, **fields: Any) -> Request:
@@ -78,7 +91,9 @@ class Prefill:
         done: asyncio.Future[TransferOutcome] = asyncio.get_running_loop().create_future()
         loop = asyncio.get_running_loop()
         transfer = self.sender.open(
-            target_from_proto(reserved), table, lambda outcome: loop.call_soon_threadsafe(done.set_result, outcome)
+            target_from_proto(reserved, self.engine.layout),
+            table,
+            lambda outcome: loop.call_soon_threadsafe(done.set_result, outcome),
         )
         self.engine.pool.release(table)  # nobody else uses this pool meanwhile
         return Filling(transfer, token, done, self.engine.layout.planes[0].num_layers, len(request.prompt_token_ids))
@@ -100,7 +115,7 @@ class Filling:
 
     def rows(self, layers: Iterable[int] | None = None) -> None:
         for layer in range(self.num_layers) if layers is None else layers:
-            self.transfer.rows_ready(0, layer, 0, self.num_rows)
+            self.transfer.rows_ready(LATENT, layer, 0, self.num_rows)
 
 
 def one(results: Sequence[Any]) -> Token:

@@ -12,6 +12,7 @@ from isthmus.engine.device_memory import DeviceMemory
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.kv.planes import LATENT
+from isthmus.types import Place
 from kernels import blocks
 from kv_transfer.pool_memory import PoolMemory, RowMemory
 from tests.conftest import has_cuda
@@ -29,26 +30,26 @@ COPIES = {
 POISON = 0xFF
 
 
-def caches(seed: int) -> tuple[LatentCache, dict[tuple[int, int], memoryview]]:
+def caches(seed: int) -> tuple[LatentCache, dict[Place, memoryview]]:
     """The same bytes twice: on the device, and where the host sees them."""
     cache = LatentCache(LAYOUT, NUM_BLOCKS, torch.device("cuda" if has_cuda() else "cpu"))
     rng, memory = np.random.default_rng(seed), {}
     for plane, layer in LAYOUT.places:
-        rows = cache.layers[LAYOUT.planes[plane].name][layer].view(torch.uint8)
+        rows = cache.layers[plane][layer].view(torch.uint8)
         content = rng.integers(0, 256, rows.numel(), dtype=np.uint8)
         rows.copy_(torch.from_numpy(content).view_as(rows))
         memory[plane, layer] = memoryview(bytearray(content.tobytes()))
     return cache, memory
 
 
-def content(cache: LatentCache) -> dict[tuple[int, int], bytes]:
+def content(cache: LatentCache) -> dict[Place, bytes]:
     return {
-        (plane, layer): cache.layers[LAYOUT.planes[plane].name][layer].view(torch.uint8).cpu().numpy().tobytes()
+        (plane, layer): cache.layers[plane][layer].view(torch.uint8).cpu().numpy().tobytes()
         for plane, layer in LAYOUT.places
     }
 
 
-def any_rows(rng: random.Random) -> tuple[tuple[int, int], list[int], tuple[int, int]]:
+def any_rows(rng: random.Random) -> tuple[Place, list[int], tuple[int, int]]:
     table = rng.sample(range(NUM_BLOCKS), rng.randint(1, 6))
     first = rng.randrange(len(table) * LAYOUT.block_size)
     return rng.choice(LAYOUT.places), table, (first, rng.randint(first + 1, len(table) * LAYOUT.block_size))
@@ -83,7 +84,7 @@ def test_opening_changes_nothing_and_a_table_is_checked() -> None:
     cache, memory = caches(seed=2)
     on_device = DeviceMemory(cache)
     assert content(cache) == {place: bytes(rows) for place, rows in memory.items()}
-    assert on_device.contiguous((0, 0), [0, 1], (0, 32)) is None
+    assert on_device.contiguous(("latent", 0), [0, 1], (0, 32)) is None
     on_device.check_table([0, NUM_BLOCKS - 1])
     for table in ([-1], [0, NUM_BLOCKS]):
         with pytest.raises(ValueError, match="block ids"):
@@ -94,19 +95,19 @@ def test_one_thread_reads_while_another_writes() -> None:
     cache, memory = caches(seed=3)
     on_device = DeviceMemory(cache, staging_bytes=7 * 48)
     body, read, expected = bytes(range(256)) * 12, bytearray(96 * 40), bytearray(96 * 40)
-    PoolMemory(LAYOUT, memory).read_rows((0, 1), range(6), (0, 96), expected)
+    PoolMemory(LAYOUT, memory).read_rows(("latent", 1), range(6), (0, 96), expected)
 
     def write() -> None:
         for _ in range(50):
-            on_device.write_rows((0, 1), range(6, 12), (3, 70), body)
+            on_device.write_rows(("latent", 1), range(6, 12), (3, 70), body)
 
     writing = threading.Thread(target=write)
     writing.start()
     for _ in range(50):
-        on_device.read_rows((0, 1), range(6), (0, 96), read)
+        on_device.read_rows(("latent", 1), range(6), (0, 96), read)
         assert read == expected
     writing.join()
-    PoolMemory(LAYOUT, memory).write_rows((0, 1), range(6, 12), (3, 70), body)
+    PoolMemory(LAYOUT, memory).write_rows(("latent", 1), range(6, 12), (3, 70), body)
     assert content(cache) == {place: bytes(rows) for place, rows in memory.items()}
 
 
@@ -120,7 +121,7 @@ def test_a_read_waits_for_the_rows_of_its_layer_and_not_for_what_follows() -> No
     torch.cuda._sleep(2_000_000_000)
     last = torch.cuda.Event()
     last.record()
-    on_device.read_rows((0, 0), [0], (0, 16), read)
+    on_device.read_rows(("latent", 0), [0], (0, 16), read)
     assert not last.query(), "it waited for the whole queue"
     assert read == torch.ones(16 * 20, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
     torch.cuda.synchronize()

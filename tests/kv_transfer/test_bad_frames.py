@@ -69,7 +69,7 @@ class Intruder:
 
     def fill(self, transfer_id: str, extent: Extent, **fields: object) -> tuple[FrameHeader, bytes]:
         body = bytes([1]) * (extent.num_tokens * ROW_BYTES)
-        place = {"plane": extent.plane, "layer": extent.layer, "first_token": extent.first_token}
+        place = {"plane": LAYOUT.number_of(extent.plane), "layer": extent.layer, "first_token": extent.first_token}
         known = {"transfer": bytes.fromhex(transfer_id), "attempt": 1, "num_tokens": extent.num_tokens, **place}
         return replace(self.header(FrameKind.FILL), **{**known, **fields}), body  # type: ignore[arg-type]
 
@@ -97,7 +97,7 @@ def others_never_notice(decode: DecodeSide) -> Iterator[None]:
     pool, missing = Pool(seed=8), extents(0, 40)
     with closing(Sender(SystemIds().incarnation(), pool.memory, Ledger())) as sender:
         sending = PrefillSide(sender, pool).send(decode.reserve([20, 21, 22], missing), [3, 9, 4])
-        sending.transfer.rows_ready(0, 0, 0, 40)
+        sending.transfer.rows_ready("latent", 0, 0, 40)
         yield
         assert sending.all_rows(40).commit().outcome().acked
         assert isinstance(decode.next(), ClaimedTransfer)
@@ -170,49 +170,49 @@ def test_a_wellformed_frame_with_one_wrong_field(
     target = decode.reserve([0, 1], extents(8, 24))
     intruder.ask_credit()
     before = refusals(decode, expected)
-    intruder.say(*intruder.fill(target.transfer_id, Extent(0, 0, 8, 8), **changed))
+    intruder.say(*intruder.fill(target.transfer_id, Extent("latent", 0, 8, 8), **changed))
     assert intruder.refused() == expected
     assert refusals(decode, expected) == before + 1
-    assert (decode.pool.rows[0, 0][:32] == POISON).all()
+    assert (decode.pool.rows["latent", 0][:32] == POISON).all()
     assert "handoff.filling" not in [e.event for e in decode.ledger.read() if e.transfer_id == target.transfer_id]
 
 
 def test_a_damaged_body_is_refused_before_memory_is_touched(decode: DecodeSide, intruder: Intruder) -> None:
     target = decode.reserve([0], extents(0, 16))
     intruder.ask_credit()
-    header, body = intruder.fill(target.transfer_id, Extent(0, 0, 0, 16))
+    header, body = intruder.fill(target.transfer_id, Extent("latent", 0, 0, 16))
     raw = seal(replace(header, body_bytes=len(body)), body)
     intruder.socket.send_multipart([raw, body[:-1] + b"\2"])
     assert intruder.refused() == "bad_checksum"
     intruder.socket.send_multipart([raw, body[:-1]])
     assert intruder.refused() == "bad_body"
-    assert (decode.pool.rows[0, 0][:16] == POISON).all()
+    assert (decode.pool.rows["latent", 0][:16] == POISON).all()
 
 
 def test_rows_without_credit_are_refused(decode: DecodeSide, intruder: Intruder) -> None:
     target = decode.reserve([0], extents(0, 16))
-    intruder.say(*intruder.fill(target.transfer_id, Extent(0, 0, 0, 16)))
+    intruder.say(*intruder.fill(target.transfer_id, Extent("latent", 0, 0, 16)))
     assert intruder.refused() == "no_credit"
-    assert (decode.pool.rows[0, 0][:16] == POISON).all()
+    assert (decode.pool.rows["latent", 0][:16] == POISON).all()
 
 
 def test_a_replayed_frame_is_acknowledged_again_and_writes_nothing(decode: DecodeSide, intruder: Intruder) -> None:
-    target = decode.reserve([0], extents(0, 16, [(0, 0)]))
+    target = decode.reserve([0], extents(0, 16, [("latent", 0)]))
     intruder.ask_credit()
-    header, body = intruder.fill(target.transfer_id, Extent(0, 0, 0, 16))
+    header, body = intruder.fill(target.transfer_id, Extent("latent", 0, 0, 16))
     intruder.say(header, body)
     assert intruder.acked() == [FrameKind.FILL.value]
-    decode.pool.rows[0, 0][:16] = POISON
+    decode.pool.rows["latent", 0][:16] = POISON
     intruder.say(header, body)
     assert intruder.acked() == [FrameKind.FILL.value]
-    commit = Commit((Token(1),), extents(0, 16, [(0, 0)])).encode()
+    commit = Commit((Token(1),), extents(0, 16, [("latent", 0)])).encode(LAYOUT)
     place = replace(header, kind=FrameKind.COMMIT, first_token=0, num_tokens=0)
     intruder.say(place, commit)
     intruder.say(place, commit)  # of a claimed transfer
     assert intruder.acked(2) == [FrameKind.COMMIT.value] * 2
     intruder.say(header, body)
     assert intruder.acked() == [FrameKind.FILL.value]
-    assert (decode.pool.rows[0, 0][:16] == POISON).all()
+    assert (decode.pool.rows["latent", 0][:16] == POISON).all()
     assert decode.next().transfer_id == target.transfer_id
     decode.receiver.release(target.transfer_id)
     intruder.say(header, body)
@@ -222,15 +222,15 @@ def test_a_replayed_frame_is_acknowledged_again_and_writes_nothing(decode: Decod
 def test_another_link_cannot_speak_for_the_sender_it_does_not_know(decode: DecodeSide, intruder: Intruder) -> None:
     target = decode.reserve([0], extents(0, 16))
     intruder.ask_credit()
-    intruder.say(*intruder.fill(target.transfer_id, Extent(0, 0, 0, 16)))
+    intruder.say(*intruder.fill(target.transfer_id, Extent("latent", 0, 0, 16)))
     assert intruder.acked() == [FrameKind.FILL.value]
     other = Intruder(decode)
     other.ask_credit()
-    other.say(*other.fill(target.transfer_id, Extent(0, 1, 0, 16)))
+    other.say(*other.fill(target.transfer_id, Extent("latent", 1, 0, 16)))
     assert other.refused() == "wrong_sender"
     other.close()
-    assert (decode.pool.rows[0, 1][:16] == POISON).all()
-    decode.pool.rows[0, 0][:16] = POISON  # what the first link rightly wrote
+    assert (decode.pool.rows["latent", 1][:16] == POISON).all()
+    decode.pool.rows["latent", 0][:16] = POISON  # what the first link rightly wrote
 
 
 def test_a_flood_of_garbage_leaves_the_thread_alive(decode: DecodeSide, intruder: Intruder) -> None:

@@ -3,6 +3,7 @@
 import struct
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from kv_transfer.frames import (
     seal,
 )
 from kv_transfer.messages import Abort, Acks, Commit
+from tests.kv_transfer.world import LAYOUT
 
 ids = st.binary(min_size=16, max_size=16)
 u16 = st.integers(0, 2**16 - 1)
@@ -95,26 +97,29 @@ def test_the_header_is_where_the_wire_says() -> None:
     assert header.encode() == expected + bytes(16)
 
 
-@given(st.lists(st.builds(Extent, u16, u16, u32, u32), max_size=20), st.lists(u32, max_size=20))
+@given(
+    st.lists(st.builds(Extent, st.sampled_from(["latent", "index"]), u16, u32, u32), max_size=20),
+    st.lists(u32, max_size=20),
+)
 def test_a_commit_comes_back(extents: list[Extent], token_ids: list[int]) -> None:
     tokens = tuple(Token(token_id, -1.5, ((token_id, -1.5), (0, -2.0))) for token_id in token_ids)
     commit = Commit(tokens, tuple(extents))
-    assert Commit.decode(commit.encode()) == commit
-    assert Commit.decode(memoryview(commit.encode())) == commit
+    assert Commit.decode(commit.encode(LAYOUT), LAYOUT) == commit
+    assert Commit.decode(memoryview(commit.encode(LAYOUT)), LAYOUT) == commit
 
 
 @given(st.binary(max_size=200))
 def test_random_bodies_are_refused_or_decoded(body: bytes) -> None:
-    for decode in (Commit.decode, Abort.decode, Acks.decode, messages.decode_credit):
+    for decode in (partial(Commit.decode, layout=LAYOUT), Abort.decode, Acks.decode, messages.decode_credit):
         with suppress(BadFrame):
             decode(body)
 
 
 def test_a_commit_that_claims_a_billion_extents_allocates_nothing() -> None:
     with pytest.raises(BadFrame):
-        Commit.decode(struct.pack("<II", 0, 2**30))
+        Commit.decode(struct.pack("<II", 0, 2**30), LAYOUT)
     with pytest.raises(BadFrame):
-        Commit.decode(bytes(messages.MAX_COMMIT_BYTES + 1))
+        Commit.decode(bytes(messages.MAX_COMMIT_BYTES + 1), LAYOUT)
 
 
 def test_an_abort_keeps_its_cause_within_bounds() -> None:

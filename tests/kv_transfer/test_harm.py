@@ -91,7 +91,7 @@ def test_another_sender_brings_only_what_a_lost_frame_left_missing(decode: Decod
         outcome = PrefillSide(first, POOL).send(target, OURS).all_rows(NUM_TOKENS).commit().outcome(2)
         assert not outcome.acked
     missing = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
-    assert missing == (Extent(0, 0, 36, 12),)
+    assert missing == (Extent("latent", 0, 36, 12),)
     with closing(Sender(SystemIds().incarnation(), POOL.memory, Ledger())) as second:
         retry = PrefillSide(second, POOL).send(decode.target(target.transfer_id, 2, missing), OURS)
         assert retry.all_rows(NUM_TOKENS).commit().outcome().frames == 1
@@ -102,7 +102,7 @@ def test_a_receiver_that_misses_the_abort_ends_the_fill_at_its_deadline(decode: 
     target = decode.reserve(THEIRS, MISSING, fill_s=1.0)
     with closing(sender("transfer.abort=drop")) as sending:
         transfer = PrefillSide(sending, POOL).send(target, OURS)
-        transfer.transfer.rows_ready(0, 0, 0, 16)
+        transfer.transfer.rows_ready("latent", 0, 0, 16)
         wait_until(lambda: any(event.event == "handoff.filling" for event in decode.ledger.read()))
         transfer.transfer.abort("cancelled")
         assert transfer.outcome().failure == "cancelled"

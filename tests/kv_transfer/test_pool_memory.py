@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isthmus.types import Place
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.staging import Staging
 from tests.kv_transfer.world import LAYOUT, NUM_BLOCKS, PLACES, POISON, Pool
@@ -20,12 +21,12 @@ tables = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(tables, st.data(), st.sampled_from(PLACES))
 def test_rows_are_read_and_written_where_the_block_table_says(
-    table: list[int], data: st.DataObject, place: tuple[int, int]
+    table: list[int], data: st.DataObject, place: Place
 ) -> None:
     first = data.draw(st.integers(0, 127))
     end = data.draw(st.integers(first + 1, 128))
     source, landing = Pool(seed=1), Pool(POISON)
-    body = bytearray((end - first) * LAYOUT.planes[place[0]].row_bytes)
+    body = bytearray((end - first) * LAYOUT.plane(place[0]).row_bytes)
     source.memory.read_rows(place, table, (first, end), body)
     expected = source.rows[place][source.slots(table, first, end)]
     np.testing.assert_array_equal(np.frombuffer(body, np.uint8).reshape(expected.shape), expected)
@@ -42,9 +43,9 @@ def test_rows_are_read_and_written_where_the_block_table_says(
 
 def test_neighbouring_blocks_are_seen_as_one_run() -> None:
     memory = Pool().memory
-    assert memory.contiguous((0, 0), [3, 4, 5], (5, 40)) is not None
-    assert memory.contiguous((0, 0), [3, 5, 4], (5, 40)) is None
-    assert memory.contiguous((0, 0), [3, 9], (16, 20)) is not None
+    assert memory.contiguous(("latent", 0), [3, 4, 5], (5, 40)) is not None
+    assert memory.contiguous(("latent", 0), [3, 5, 4], (5, 40)) is None
+    assert memory.contiguous(("latent", 0), [3, 9], (16, 20)) is not None
 
 
 def test_tables_and_memory_are_checked_at_the_edge() -> None:
@@ -54,7 +55,7 @@ def test_tables_and_memory_are_checked_at_the_edge() -> None:
             pool.memory.check_table(table)
     memory = {place: rows.reshape(-1).data for place, rows in pool.rows.items()}
     with pytest.raises(ValueError, match="reshape"):
-        PoolMemory(LAYOUT, memory | {(0, 0): memoryview(bytearray(1000))})
+        PoolMemory(LAYOUT, memory | {("latent", 0): memoryview(bytearray(1000))})
 
 
 @given(st.lists(st.integers(1, 40_000), max_size=60), st.randoms())

@@ -3,6 +3,7 @@
 import pytest
 
 from isthmus.errors import TransferIncomplete
+from isthmus.types import Place
 from kv_transfer import selftest
 from kv_transfer.pool_memory import PoolMemory
 from tests.kv_transfer.world import LAYOUT
@@ -11,7 +12,7 @@ from tests.kv_transfer.world import LAYOUT
 def test_a_round_trip_moves_two_blocks_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     written, write_rows = [], PoolMemory.write_rows
 
-    def noted(memory: PoolMemory, place: tuple[int, int], table: list[int], interval: tuple[int, int], body: bytes):
+    def noted(memory: PoolMemory, place: Place, table: list[int], interval: tuple[int, int], body: bytes):
         written.append((interval[1] - interval[0]) * memory.row_bytes(place[0]))
         write_rows(memory, place, table, interval, body)
 

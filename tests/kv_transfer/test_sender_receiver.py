@@ -93,7 +93,7 @@ def test_an_abort_by_the_sender_leaves_the_rows_to_the_next_attempt(prefill: Pre
     ours, theirs, missing = shuffled(1, 10), shuffled(2, 10), extents(0, NUM_TOKENS)
     target = decode.reserve(theirs, missing)
     first = prefill.send(target, ours)
-    first.transfer.rows_ready(0, 0, 0, NUM_TOKENS)
+    first.transfer.rows_ready("latent", 0, 0, NUM_TOKENS)
     state = first.transfer.state
     wait_until(lambda: state.outcome.frames and not state.pieces and not state.num_in_flight)
     first.transfer.abort("cancelled")
@@ -102,7 +102,7 @@ def test_an_abort_by_the_sender_leaves_the_rows_to_the_next_attempt(prefill: Pre
     assert not failed.is_ended
     rest = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
     assert rest == failed.missing
-    assert (0, 0) not in {(extent.plane, extent.layer) for extent in rest}
+    assert ("latent", 0) not in {extent.place for extent in rest}
     again = prefill.send(decode.target(target.transfer_id, 2, rest), ours).all_rows(NUM_TOKENS).commit()
     assert again.outcome().acked
     assert isinstance(decode.next(), ClaimedTransfer)
@@ -111,7 +111,7 @@ def test_an_abort_by_the_sender_leaves_the_rows_to_the_next_attempt(prefill: Pre
 
 def test_only_the_missing_ranges_travel(prefill: PrefillSide, decode: DecodeSide) -> None:
     ours, theirs = shuffled(3, 10), list(range(10))
-    missing = (*extents(32, 90, PLACES[:4]), Extent(1, 1, 40, 3), Extent(1, 1, 100, 7))
+    missing = (*extents(32, 90, PLACES[:4]), Extent("index", 1, 40, 3), Extent("index", 1, 100, 7))
     outcome = prefill.send(decode.reserve(theirs, missing), ours).all_rows(NUM_TOKENS).commit().outcome()
     assert outcome.acked
     assert isinstance(decode.next(), ClaimedTransfer)
@@ -121,7 +121,7 @@ def test_only_the_missing_ranges_travel(prefill: PrefillSide, decode: DecodeSide
 def test_rows_leave_before_the_last_are_ready(prefill: PrefillSide, decode: DecodeSide) -> None:
     target = decode.reserve([0], extents(0, 16))
     sending = prefill.send(target, [5])
-    sending.transfer.rows_ready(0, 0, 0, 16)
+    sending.transfer.rows_ready("latent", 0, 0, 16)
     wait_until(lambda: any(e.event == "transfer.first_frame_received" for e in decode.ledger.read()))
     assert decode.quiet()
     sending.all_rows(16).commit()
@@ -183,7 +183,7 @@ def test_many_transfers_share_the_link_and_stay_apart(prefill: PrefillSide, deco
 
 def test_a_cancel_at_prefill_frees_decode_and_tells_nobody_twice(prefill: PrefillSide, decode: DecodeSide) -> None:
     sending = prefill.send(decode.reserve(shuffled(1, 10), extents(0, NUM_TOKENS)), shuffled(2, 10))
-    sending.transfer.rows_ready(0, 0, 0, NUM_TOKENS)
+    sending.transfer.rows_ready("latent", 0, 0, NUM_TOKENS)
     sending.transfer.abort("cancelled")
     sending.all_rows(NUM_TOKENS).commit().transfer.abort("again")
     outcome = sending.outcome()
@@ -207,8 +207,8 @@ def test_a_cancel_at_decode_stops_prefill_and_every_write(prefill: PrefillSide, 
     theirs = shuffled(1, 10)
     target = decode.reserve(theirs, extents(0, NUM_TOKENS))
     sending = prefill.send(target, shuffled(2, 10))
-    sending.transfer.rows_ready(0, 0, 0, NUM_TOKENS)
-    wait_until(lambda: (decode.pool.rows[0, 0] != POISON).any())
+    sending.transfer.rows_ready("latent", 0, 0, NUM_TOKENS)
+    wait_until(lambda: (decode.pool.rows["latent", 0] != POISON).any())
     assert decode.receiver.cancel(target.transfer_id, "client left")
     for rows in decode.pool.rows.values():
         rows[:] = POISON  # the blocks belong to somebody else now
@@ -238,7 +238,7 @@ def test_a_rearmed_transfer_is_filled_by_another_and_the_first_is_fenced(
     ours, theirs, missing = shuffled(1, 10), shuffled(2, 10), extents(0, NUM_TOKENS)
     target = decode.reserve(theirs, missing)
     zombie = prefill.send(target, ours)
-    zombie.transfer.rows_ready(0, 0, 0, NUM_TOKENS)
+    zombie.transfer.rows_ready("latent", 0, 0, NUM_TOKENS)
     wait_until(lambda: any(e.event == "transfer.first_frame_received" for e in decode.ledger.read()))
     rest = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
     zombie.all_rows(NUM_TOKENS).commit()
@@ -255,11 +255,11 @@ def test_a_rearmed_transfer_is_filled_by_another_and_the_first_is_fenced(
 
 def test_the_fill_deadline_names_what_is_missing_and_stops_prefill(prefill: PrefillSide, decode: DecodeSide) -> None:
     sending = prefill.send(decode.reserve([4], extents(0, 16), fill_s=0.3), [6])
-    sending.transfer.rows_ready(0, 1, 0, 16)
+    sending.transfer.rows_ready("latent", 1, 0, 16)
     failed = decode.next(3)
     assert isinstance(failed, FailedTransfer)
     assert failed.reason == "fill_deadline"
-    assert failed.missing == tuple(e for e in extents(0, 16) if (e.plane, e.layer) != (0, 1))
+    assert failed.missing == tuple(e for e in extents(0, 16) if e.place != ("latent", 1))
     assert "fill_deadline" in sending.outcome(3).failure
 
 
@@ -268,7 +268,7 @@ def test_a_restarted_receiver_refuses_the_old_incarnation_at_once(prefill: Prefi
     with DecodeSide(ReceiverOptions(port=port)) as first:
         target = first.reserve([0], extents(0, 16))
         sending = prefill.send(target, [0])
-        sending.transfer.rows_ready(0, 0, 0, 16)
+        sending.transfer.rows_ready("latent", 0, 0, 16)
         wait_until(lambda: any(e.event == "transfer.first_frame_received" for e in first.ledger.read()))
     begin = time.monotonic()
     assert "connection lost" in sending.outcome().failure
@@ -303,7 +303,7 @@ def test_a_receiver_that_never_answers_is_given_up() -> None:
 
 def test_a_commit_before_its_rows_fails_at_once(prefill: PrefillSide, decode: DecodeSide) -> None:
     sending = prefill.send(decode.reserve([4], extents(0, 16)), [6])
-    sending.transfer.rows_ready(0, 1, 0, 16)
+    sending.transfer.rows_ready("latent", 1, 0, 16)
     assert sending.commit().outcome().failure == "committed before its rows"
     assert isinstance(decode.next(), FailedTransfer)
 

@@ -27,7 +27,7 @@ class Machine:
     def __init__(self, **limits: int):
         self.clock = SettableClock()
         self.changes: list[tuple[HandoffState | None, HandoffState]] = []
-        self.written: dict[tuple[int, int, int], int] = {}
+        self.written: dict[tuple[str, int, int], int] = {}
         self.transfers = IncomingTransfers(LAYOUT, self.clock, on_change=self._note, **limits)
 
     def _note(self, change: StateChange) -> None:
@@ -40,9 +40,10 @@ class Machine:
 
     def fill(self, header: FrameHeader) -> Accept:
         """As the receiver does: check, write the gaps, note it."""
-        for first, end in self.transfers.check(header).gaps:
+        accept = self.transfers.check(header)
+        for first, end in accept.gaps:
             for position in range(first, end):
-                self.written[header.plane, header.layer, position] = header.attempt
+                self.written[*accept.place, position] = header.attempt
         return self.transfers.filled(header)
 
     def commit(
@@ -60,8 +61,8 @@ class Machine:
 def frame(transfer_id: str, kind: FrameKind, extent: Extent | None = None, **fields: object) -> FrameHeader:
     header = FrameHeader(kind, FINGERPRINT, P1, D, bytes.fromhex(transfer_id), 1)
     if extent is not None:
-        size = extent.num_tokens * LAYOUT.planes[extent.plane].row_bytes if extent.plane < len(LAYOUT.planes) else 0
-        place = {"plane": extent.plane, "layer": extent.layer, "first_token": extent.first_token}
+        size = extent.num_tokens * LAYOUT.plane(extent.plane).row_bytes
+        place = {"plane": LAYOUT.number_of(extent.plane), "layer": extent.layer, "first_token": extent.first_token}
         header = replace(header, num_tokens=extent.num_tokens, body_bytes=size, **place)
     return replace(header, **fields)  # type: ignore[arg-type]
 
@@ -91,7 +92,7 @@ def test_memory_is_written_exactly_where_it_is_covered_whatever_the_network_does
     rng = random.Random(seed)
     machine = Machine()
     first, end = sorted(rng.sample(range(1, 128), 2))
-    missing = normalised(extents(first, end, rng.sample(PLACES, rng.randint(1, len(PLACES)))))
+    missing = normalised(LAYOUT, extents(first, end, rng.sample(PLACES, rng.randint(1, len(PLACES)))))
     transfer_id = machine.reserve(missing)
     attempt, wanted = 1, missing
     mail = [frame(transfer_id, FrameKind.FILL, e) for e in cut(rng, missing)]
@@ -141,7 +142,7 @@ def check_invariant(machine: Machine, transfer_id: str, missing: tuple[Extent, .
         assert set(machine.written) == asked - left, f"seed {seed}: coverage and memory disagree"
         is_ready = not left and transfer.commit is not None
         assert (transfer.state is HandoffState.CLAIMED) == is_ready, f"seed {seed}"
-        row_bytes = {number: plane.row_bytes for number, plane in enumerate(LAYOUT.planes)}
+        row_bytes = {plane.name: plane.row_bytes for plane in LAYOUT.planes}
         assert transfer.num_bytes == sum(row_bytes[plane] for plane, _, _ in machine.written), f"seed {seed}"
 
 
@@ -215,15 +216,15 @@ def test_rows_beyond_a_move_are_refused() -> None:
     machine = Machine()
     transfer_id = machine.reserve(extents(0, 100), open_from=40)
     with refused(Refusal.OUT_OF_RANGE):
-        machine.fill(frame(transfer_id, FrameKind.FILL, Extent(0, 0, 90, 11)))
+        machine.fill(frame(transfer_id, FrameKind.FILL, Extent("latent", 0, 90, 11)))
 
 
 def test_a_prompt_alone_completes_a_rearmed_move() -> None:
     machine = Machine()
     transfer_id = machine.reserve(extents(0, 100), open_from=40)
-    machine.fill(frame(transfer_id, FrameKind.FILL, Extent(0, 0, 30, 50)))
+    machine.fill(frame(transfer_id, FrameKind.FILL, Extent("latent", 0, 30, 50)))
     rest = clipped(machine.transfers.rearm(transfer_id, 2, machine.clock.now() + 10), 40)
-    assert rest[0] == Extent(0, 0, 0, 30)
+    assert rest[0] == Extent("latent", 0, 0, 30)
     for extent in rest:
         machine.fill(frame(transfer_id, FrameKind.FILL, extent, attempt=2, sender=P2))
     machine.commit(transfer_id, rest, attempt=2, sender=P2)
@@ -238,7 +239,7 @@ def test_what_a_sender_left_waits_for_another_attempt_and_refuses_its_own() -> N
     with refused(Refusal.LATE):
         machine.fill(frame(transfer_id, FrameKind.FILL, missing[1]))
     rest = machine.transfers.rearm(transfer_id, 2, machine.clock.now() + 10)
-    assert rest == normalised(missing[1:])
+    assert rest == normalised(LAYOUT, missing[1:])
     for extent in rest:
         machine.fill(frame(transfer_id, FrameKind.FILL, extent, attempt=2))
     machine.commit(transfer_id, rest, attempt=2)
@@ -300,7 +301,7 @@ def test_rearming_keeps_what_came_and_fences_the_first_writer() -> None:
     transfer_id = machine.reserve(missing)
     machine.fill(frame(transfer_id, FrameKind.FILL, missing[0]))
     rest = machine.transfers.rearm(transfer_id, 2, machine.clock.now() + 10)
-    assert rest == normalised(missing[1:])
+    assert rest == normalised(LAYOUT, missing[1:])
     with refused(Refusal.OLD_ATTEMPT):
         machine.fill(frame(transfer_id, FrameKind.FILL, missing[1]))
     for extent in rest:
@@ -353,10 +354,10 @@ def test_a_claimed_transfer_neither_expires_nor_aborts_and_is_released_once() ->
 def test_expiry_names_what_is_missing() -> None:
     machine, missing = Machine(), extents(0, 32)
     transfer_id = machine.reserve(missing, fill_s=1)
-    machine.fill(frame(transfer_id, FrameKind.FILL, Extent(0, 0, 8, 8)))
+    machine.fill(frame(transfer_id, FrameKind.FILL, Extent("latent", 0, 8, 8)))
     machine.clock.time += 1
     (failed,) = machine.transfers.expire()
-    assert failed.coverage.missing()[:2] == (Extent(0, 0, 0, 8), Extent(0, 0, 16, 16))
+    assert failed.coverage.missing()[:2] == (Extent("latent", 0, 0, 8), Extent("latent", 0, 16, 16))
     assert failed.state is HandoffState.ABORTED
 
 
@@ -372,7 +373,10 @@ def test_transfers_and_tombstones_are_bounded() -> None:
     assert len(machine.transfers._tombstones) == 5
 
 
-@pytest.mark.parametrize("extent", [Extent(9, 0, 0, 1), Extent(0, 9, 0, 1), Extent(0, 0, 0, 0), Extent(0, 0, 100, 99)])
+@pytest.mark.parametrize(
+    "extent",
+    [Extent("none", 0, 0, 1), Extent("latent", 9, 0, 1), Extent("latent", 0, 0, 0), Extent("latent", 0, 100, 99)],
+)
 def test_a_reservation_outside_the_layout_is_our_own_bug(extent: Extent) -> None:
     machine = Machine()
     with pytest.raises(ValueError, match="Extent"):
@@ -383,17 +387,17 @@ def test_a_reservation_outside_the_layout_is_our_own_bug(extent: Extent) -> None
 @pytest.mark.parametrize("seed", range(50))
 def test_coverage_agrees_with_a_set_of_positions(seed: int) -> None:
     rng = random.Random(seed)
-    asked = [Extent(0, 0, rng.randint(0, 80), rng.randint(1, 30)) for _ in range(rng.randint(0, 6))]
+    asked = [Extent("latent", 0, rng.randint(0, 80), rng.randint(1, 30)) for _ in range(rng.randint(0, 6))]
     granted = {p for e in asked for p in range(e.first_token, e.end)}
-    coverage, left = Coverage(asked), set(granted)
+    coverage, left = Coverage(LAYOUT, asked), set(granted)
     for _ in range(40):
         first = rng.randint(0, 110)
         interval = (first, first + rng.randint(1, 25))
         inside = set(range(*interval))
-        assert coverage.grants(0, 0, interval) == (inside <= granted), f"seed {seed}"
-        gaps = coverage.gaps(0, 0, interval)
+        assert coverage.grants(("latent", 0), interval) == (inside <= granted), f"seed {seed}"
+        gaps = coverage.gaps(("latent", 0), interval)
         assert {p for gap in gaps for p in range(*gap)} == inside & left, f"seed {seed}"
-        coverage.cover(0, 0, interval)
+        coverage.cover(("latent", 0), interval)
         left -= inside
         assert {p for e in coverage.missing() for p in range(e.first_token, e.end)} == left, f"seed {seed}"
         assert coverage.is_complete == (not left)

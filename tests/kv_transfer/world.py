@@ -11,7 +11,7 @@ import numpy as np
 from isthmus.ids import SystemIds
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
-from isthmus.types import Extent, Token, TransferTarget
+from isthmus.types import Extent, Place, Token, TransferTarget
 from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
 from kv_transfer.outgoing import OutgoingTransfer, TransferOutcome
 from kv_transfer.pool_memory import PoolMemory
@@ -29,7 +29,7 @@ LAYOUT = KvLayout(
     block_size=16,
 )
 NUM_BLOCKS = 32
-PLACES = [(number, layer) for number, plane in enumerate(LAYOUT.planes) for layer in range(plane.num_layers)]
+PLACES = LAYOUT.places
 
 
 class Pool:
@@ -37,12 +37,12 @@ class Pool:
 
     def __init__(self, fill: int | None = None, seed: int = 0, layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS):
         rng = np.random.default_rng(seed)
-        self.rows: dict[tuple[int, int], Any] = {}
-        for number, plane in enumerate(layout.planes):
+        self.rows: dict[Place, Any] = {}
+        for plane in layout.planes:
             for layer in range(plane.num_layers):
                 shape = (num_blocks * layout.block_size, plane.row_bytes)
                 # Bytes below the poison, so that a poisoned byte is never a right one.
-                self.rows[number, layer] = (
+                self.rows[plane.name, layer] = (
                     rng.integers(0, POISON, shape, dtype=np.uint8) if fill is None else np.full(shape, fill, np.uint8)
                 )
         self.layout = layout
@@ -53,7 +53,7 @@ class Pool:
         return [block_table[p // size] * size + p % size for p in range(first, end)]
 
 
-def extents(first: int, end: int, places: list[tuple[int, int]] = PLACES) -> tuple[Extent, ...]:
+def extents(first: int, end: int, places: list[Place] = PLACES) -> tuple[Extent, ...]:
     return tuple(Extent(plane, layer, first, end - first) for plane, layer in places)
 
 
@@ -64,7 +64,7 @@ def assert_moved(
     for place, rows in landing.rows.items():
         touched = np.zeros(len(rows), dtype=bool)
         for extent in moved:
-            if (extent.plane, extent.layer) == place:
+            if extent.place == place:
                 ours = source.slots(source_table, extent.first_token, extent.end)
                 theirs = landing.slots(landing_table, extent.first_token, extent.end)
                 np.testing.assert_array_equal(rows[theirs], source.rows[place][ours])

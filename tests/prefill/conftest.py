@@ -123,7 +123,7 @@ def reserve(side: DecodeSide, first_block: int, num_tokens: int) -> TransferTarg
     """Room for a prompt from `first_block` on, of which nothing is there yet."""
     layout = side.pool.layout
     table = list(range(first_block, first_block + layout.num_blocks(num_tokens)))
-    missing = [Extent(0, layer, 0, num_tokens) for layer in range(layout.planes[0].num_layers)]
+    missing = [Extent("latent", layer, 0, num_tokens) for layer in range(layout.planes[0].num_layers)]
     return side.reserve(table, tuple(missing))
 
 

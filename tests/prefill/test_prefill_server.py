@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from isthmus.clock import SystemClock
-from isthmus.convert import request_to_proto
+from isthmus.convert import extent_to_proto, request_to_proto
 from isthmus.failpoints import Failpoints
 from isthmus.process.rpc import bind_grpc, channel, create_server
 from isthmus.types import Request, SamplingParams, TransferTarget
 from isthmus.v1 import prefill_pb2, prefill_pb2_grpc
 from prefill_service.server import PrefillServer
+from tests.engine.engines import bundled_engine
 from tests.kv_transfer.world import DecodeSide
 from tests.prefill.conftest import Prefill, prefilling, prompt, reserve
 
@@ -36,7 +37,10 @@ async def serving(prefill: Prefill) -> AsyncIterator[tuple[PrefillServer, Any]]:
 def message(target: TransferTarget | None, emitted: tuple[int, ...] = ()) -> prefill_pb2.PrefillRequest:
     sampling = SamplingParams(max_tokens=1 if target is None else 8, ignore_eos=True)
     request = Request("request", 1, tuple(prompt(100)), sampling, emitted_token_ids=emitted)
-    wire = None if target is None else prefill_pb2.TransferTarget(**asdict(target))
+    wire = None
+    if target is not None:
+        missing = [extent_to_proto(extent, bundled_engine().layout) for extent in target.missing]
+        wire = prefill_pb2.TransferTarget(**{**asdict(target), "missing": missing})
     return prefill_pb2.PrefillRequest(request=request_to_proto(request), target=wire)
 
 
