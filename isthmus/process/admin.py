@@ -5,13 +5,13 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc.aio
 
 from isthmus.clock import SystemClock
-from isthmus.ledger import Ledger
+from isthmus.ledger import Ledger, LedgerEvent
 from isthmus.metrics import Metrics
 from isthmus.process.health import HealthState
 from isthmus.v1 import admin_pb2, admin_pb2_grpc
@@ -19,6 +19,7 @@ from isthmus.v1 import admin_pb2, admin_pb2_grpc
 ADMIN_SERVICE = "isthmus.v1.AdminService"
 _MAX_DRAIN_S = 600.0
 _DEFAULT_LEDGER_EVENTS = 1000
+_MAX_STORED_HANDOFFS = 32  # looked up for one answer
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,6 +34,11 @@ class Identity:
     http_address: str = ""
 
 
+# Of a request, and of transfers by id: what the store holds of them at this moment, as events of no ledger's ring.
+# Such an event has sequence 0. The call is bounded in time and raises nothing when the store is away.
+StoredHandoffs = Callable[[str, Sequence[str]], Awaitable[list[LedgerEvent]]]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServiceHooks:
     """What only the service knows. `status` fills that (blocks, streams, layout, workers) and works from the start."""
@@ -41,6 +47,7 @@ class ServiceHooks:
     drain: Callable[[float], Awaitable[int]]  # seconds it may take -> what is left, 0 when all ended
     ledger: Ledger
     metrics: Metrics
+    stored_handoffs: StoredHandoffs | None = None  # None: the service does not look into the store
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -69,6 +76,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.LedgerResponse:
         limit = request.limit or _DEFAULT_LEDGER_EVENTS
         events = self._hooks.ledger.read(request_id=request.request_id, limit=limit)
+        events += await self._read_stored(request.request_id, events)
         messages = [admin_pb2.LedgerEvent(**dataclasses.asdict(event)) for event in events]
         return admin_pb2.LedgerResponse(
             incarnation=self.identity.incarnation,
@@ -77,6 +85,15 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             name=self.identity.name,
             role=self.identity.role,
         )
+
+    async def _read_stored(self, request_id: str, events: Sequence[LedgerEvent]) -> list[LedgerEvent]:
+        """What the store holds of the newest transfers of the request that was asked for."""
+        if self._hooks.stored_handoffs is None or not request_id:
+            return []
+        transfer_ids = {event.transfer_id: None for event in events if event.request_id == request_id}
+        transfer_ids.pop("", None)
+        newest = list(transfer_ids)[-_MAX_STORED_HANDOFFS:]
+        return await self._hooks.stored_handoffs(request_id, newest) if newest else []
 
     async def drain(self, timeout_s: float) -> int:
         """Stops admission at once, then waits at most `timeout_s`; what is left at the end."""

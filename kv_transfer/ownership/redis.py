@@ -5,6 +5,9 @@
     handoff:{transfer}    hash: state, request_id, decode, prefill, attempt, ttl_ms; deleted by a final state
     stream:{request}      string, incarnation of the decode worker that holds it
 
+Leases are read by routers and by workers that join, stream hints by routers that resume, handoffs for `isthmus
+explain`. Block snapshots have no reader but tests today: the cluster-wide prefix cache, which comes later, reads them.
+
 A block snapshot is one versioned value, replaced whole: at most 1 MiB, no deltas to lose. Every atomic change is one
 Lua file in `lua/`. No command waits longer than `timeout_s`, which a server that is 500 ms away can keep.
 """
@@ -189,6 +192,11 @@ class RedisOwnership:
         arguments = [before.value, after.value, *writer, _TRANSITION_TABLE, int(after.is_final)]
         command = self._advance_handoff(keys=[f"handoff:{transition.transfer_id}"], args=arguments)
         return TransitionResult(await self._connection.run(command))
+
+    async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
+        command = self._connection.client.hgetall(f"handoff:{transfer_id}")
+        decode = partial(records.decode_handoff, transfer_id=transfer_id)
+        return await self._connection.read("handoff", decode, command)
 
     async def ping(self) -> None:
         await self._connection.run(self._connection.client.ping())
