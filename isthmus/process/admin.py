@@ -18,6 +18,8 @@ from isthmus.v1 import admin_pb2, admin_pb2_grpc
 
 ADMIN_SERVICE = "isthmus.v1.AdminService"
 _MAX_DRAIN_S = 600.0
+STORED_EVENT = "handoff.stored"
+NOT_STORED = "NOT_STORED"  # its cause where the store holds no record of the transfer
 _DEFAULT_LEDGER_EVENTS = 1000
 _MAX_STORED_HANDOFFS = 32  # looked up for one answer
 
@@ -34,9 +36,9 @@ class Identity:
     http_address: str = ""
 
 
-# Of a request, and of transfers by id: what the store holds of them at this moment, as events of no ledger's ring.
-# Such an event has sequence 0. The call is bounded in time and raises nothing when the store is away.
-StoredHandoffs = Callable[[str, Sequence[str]], Awaitable[list[LedgerEvent]]]
+# From a request's id and its transfers' ids to what the store holds of each at this moment: one STORED_EVENT each, of
+# sequence 0 since no ledger has it. The call is bounded in time, and raises nothing when the store is away.
+ReadStoredHandoffs = Callable[[str, Sequence[str]], Awaitable[list[LedgerEvent]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class ServiceHooks:
     drain: Callable[[float], Awaitable[int]]  # seconds it may take -> what is left, 0 when all ended
     ledger: Ledger
     metrics: Metrics
-    stored_handoffs: StoredHandoffs | None = None  # None: the service does not look into the store
+    stored_handoffs: ReadStoredHandoffs | None = None  # None: the service does not look into the store
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -106,7 +108,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         for name, value in dataclasses.asdict(self.identity).items():
             setattr(status, name, value)
         status.pid = os.getpid()
-        status.state, status.serving, status.reason = health.state.value, health.serving, health.reason
+        status.state = health.state.value
+        status.serving = health.serving
+        status.reason = health.reason
         status.num_steps = self._health.watch.num_steps
         status.uptime_s = self._clock.now() - self._started_at
         status.counters.update(self._hooks.metrics.counters())

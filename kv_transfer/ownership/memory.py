@@ -4,15 +4,14 @@ No call waits: a coroutine of this store ends at its first step, so tests and a 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
 from isthmus.clock import Clock
 from kv_transfer.counters import Counters
-from kv_transfer.ownership.handoff import is_allowed
+from kv_transfer.ownership.handoff import HandoffState, is_allowed
 from kv_transfer.ownership.records import (
-    BadRecord,
     decode_blocks,
     decode_handoff,
     decode_stamp,
@@ -132,24 +131,29 @@ class MemoryOwnership:
         return read_workers(self.keys.workers.items(), self.counters)
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
-        known = self._known_handoff(record.transfer_id)
-        if known is not None and (known.decode != record.decode or known.attempt > record.attempt):
+        known = self.keys.handoffs.get(record.transfer_id) or {}
+        decode = known.get(b"decode")
+        attempt = _number(known.get(b"attempt"))
+        makes_sense = decode is not None and attempt is not None
+        if makes_sense and (decode != record.decode.encode() or attempt > record.attempt):
             return TransitionResult.REFUSED
         self.keys.handoffs.put(record.transfer_id, encode_handoff(record), ttl_s)
         return TransitionResult.APPLIED
 
     async def advance_handoff(self, transition: Transition) -> TransitionResult:
-        if b"state" not in (self.keys.handoffs.get(transition.transfer_id) or {}):
+        known = self.keys.handoffs.get(transition.transfer_id) or {}
+        state = known.get(b"state")
+        if state is None:
             return TransitionResult.UNKNOWN
-        known = self._known_handoff(transition.transfer_id)
-        if known is None or not _may(known, transition):
+        if not _may(state, _number(known.get(b"attempt")), transition):
             return TransitionResult.REFUSED
         if transition.to_state.is_final:
             self.keys.handoffs.drop(transition.transfer_id)
-        else:
-            prefill = transition.prefill or known.prefill
-            after = replace(known, state=transition.to_state, attempt=transition.attempt, prefill=prefill)
-            self.keys.handoffs.put(transition.transfer_id, encode_handoff(after))
+            return TransitionResult.APPLIED
+        after = {**known, b"state": _bytes(transition.to_state), b"attempt": b"%d" % transition.attempt}
+        if transition.prefill is not None:
+            after[b"prefill"] = transition.prefill.encode()
+        self.keys.handoffs.put(transition.transfer_id, after)
         return TransitionResult.APPLIED
 
     async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
@@ -159,14 +163,6 @@ class MemoryOwnership:
     async def ping(self) -> None: ...
 
     async def close(self) -> None: ...
-
-    def _known_handoff(self, transfer_id: str) -> HandoffRecord | None:
-        """None also for what makes no sense: the scripts neither follow nor respect it."""
-        raw = self.keys.handoffs.get(transfer_id)
-        try:
-            return None if raw is None else decode_handoff(raw, transfer_id)
-        except BadRecord:
-            return None
 
 
 class MemoryBlocks:
@@ -203,11 +199,24 @@ class MemoryStreams:
         return read_record("stream", decode_stream, raw, self._store.counters)
 
 
-def _may(known: HandoffRecord, wanted: Transition) -> bool:
-    """The rule of advance_handoff.lua."""
-    if wanted.attempt < known.attempt:
+def _may(state: bytes, attempt: float | None, wanted: Transition) -> bool:
+    """The rule of advance_handoff.lua, for a record of this state and attempt."""
+    if attempt is None or wanted.attempt < attempt:
         return False
-    is_repeated = known.state is wanted.to_state and wanted.attempt == known.attempt
-    is_rearm = known.state is wanted.from_state is wanted.to_state and wanted.attempt > known.attempt
-    allowed = known.state is wanted.from_state and is_allowed(known.state, wanted.to_state)
-    return is_repeated or is_rearm or allowed
+    before = _bytes(wanted.from_state)
+    after = _bytes(wanted.to_state)
+    is_repeated = state == after and wanted.attempt == attempt
+    is_rearmed = state == before == after and wanted.attempt > attempt
+    return is_repeated or is_rearmed or (state == before and is_allowed(wanted.from_state, wanted.to_state))
+
+
+def _bytes(state: HandoffState) -> bytes:
+    return state.value.encode()
+
+
+def _number(raw: bytes | None) -> float | None:
+    """As Lua reads it."""
+    try:
+        return None if raw is None else float(raw)
+    except ValueError:
+        return None

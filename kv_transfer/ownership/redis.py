@@ -115,7 +115,8 @@ class RedisBlocks:
         self._connection = connection
 
     async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> None:
-        name, value = f"blocks:{incarnation}", records.encode_blocks(snapshot)
+        name = f"blocks:{incarnation}"
+        value = records.encode_blocks(snapshot)
         await self._connection.run(self._connection.client.set(name, value, px=_milliseconds(ttl_s)))
 
     async def find(self, incarnation: str) -> BlockSnapshot | None:
@@ -154,7 +155,9 @@ class RedisOwnership:
         self._advance_handoff = self._connection.script("advance_handoff")
 
     async def put_worker(self, record: WorkerRecord, ttl_s: float) -> Renewed:
-        lease, blocks, ttl_ms = f"w:{record.incarnation}", f"blocks:{record.incarnation}", _milliseconds(ttl_s)
+        lease = f"w:{record.incarnation}"
+        blocks = f"blocks:{record.incarnation}"
+        ttl_ms = _milliseconds(ttl_s)
 
         async def put() -> list[Any]:
             async with self._connection.client.pipeline(transaction=False) as pipe:
@@ -187,7 +190,8 @@ class RedisOwnership:
         return TransitionResult(await self._connection.run(command))
 
     async def advance_handoff(self, transition: Transition) -> TransitionResult:
-        before, after = transition.from_state, transition.to_state
+        before = transition.from_state
+        after = transition.to_state
         writer = [transition.attempt, transition.prefill or ""]
         arguments = [before.value, after.value, *writer, _TRANSITION_TABLE, int(after.is_final)]
         command = self._advance_handoff(keys=[f"handoff:{transition.transfer_id}"], args=arguments)

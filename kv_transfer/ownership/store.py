@@ -28,7 +28,9 @@ SEQUENCE_BYTES = 8  # ahead of the hashes
 class StoreUnavailable(IsthmusError):
     """The store did not answer in time; nothing is known about whether the change was made."""
 
-    grpc_status, reason, http_status = "UNAVAILABLE", "STORE_UNAVAILABLE", 503
+    grpc_status = "UNAVAILABLE"
+    reason = "STORE_UNAVAILABLE"
+    http_status = 503
 
 
 class StoreRefused(StoreUnavailable):

@@ -12,7 +12,7 @@ from isthmus.clock import SystemClock
 from isthmus.types import BlockCounts
 from kv_transfer.ownership.handoff import HandoffState
 from kv_transfer.ownership.memory import MemoryOwnership
-from kv_transfer.ownership.records import encode_worker
+from kv_transfer.ownership.records import encode_handoff, encode_worker
 from kv_transfer.ownership.redis import RedisOwnership
 from kv_transfer.ownership.store import (
     BlockSnapshot,
@@ -70,15 +70,22 @@ async def redis_store(redis_url: str) -> AsyncIterator[RedisOwnership]:
 
 
 @pytest.fixture
-def plant(store: RedisOwnership | MemoryOwnership, request: pytest.FixtureRequest) -> Callable[[str, str, bytes], None]:
+def plant(
+    store: RedisOwnership | MemoryOwnership, request: pytest.FixtureRequest
+) -> Callable[[str, str, bytes | dict[bytes, bytes]], None]:
     """Writes what a hostile or newer writer would."""
 
-    def write(kind: str, name: str, value: bytes) -> None:
+    def write(kind: str, name: str, value: bytes | dict[bytes, bytes]) -> None:
         if isinstance(store, MemoryOwnership):
-            (store.keys.workers if kind == "w" else store.keys.blocks).put(name, value, 60)
+            keys = store.keys
+            kinds = {"w": keys.workers, "blocks": keys.blocks, "handoff": keys.handoffs, "stream": keys.streams}
+            kinds[kind].put(name, value, 60)
             return
         with redis.Redis.from_url(request.getfixturevalue("redis_url")) as client:
-            client.set(f"{kind}:{name}", value)
+            if isinstance(value, dict):
+                client.hset(f"{kind}:{name}", mapping=value)
+            else:
+                client.set(f"{kind}:{name}", value)
 
     return write
 
@@ -268,6 +275,51 @@ async def test_values_that_make_no_sense_are_skipped_and_counted(
     assert await store.list_workers() == [WORKER]
     assert await store.blocks.find(D2) is None
     assert store.counters == {"bad_record.worker": len(hostile), "bad_record.blocks": 1}
+
+
+STORED_HANDOFF = encode_handoff(replace(HANDOFF, prefill=P1, attempt=2, state=FILLING)) | {b"ttl_ms": b"60000"}
+# What it holds; what a step of attempt 2 is answered; what its owner is answered that says it again.
+HOSTILE_HANDOFFS: dict[str, tuple[dict[bytes, bytes], TransitionResult, TransitionResult]] = {
+    "no state": ({name: value for name, value in STORED_HANDOFF.items() if name != b"state"}, UNKNOWN, APPLIED),
+    "no attempt": ({name: value for name, value in STORED_HANDOFF.items() if name != b"attempt"}, REFUSED, APPLIED),
+    "a state of no version": (STORED_HANDOFF | {b"state": b"LENT"}, REFUSED, APPLIED),
+    "an attempt that is no number": (STORED_HANDOFF | {b"attempt": b"many"}, REFUSED, APPLIED),
+    "an attempt of other digits": (STORED_HANDOFF | {b"attempt": "２".encode()}, REFUSED, APPLIED),
+    "an attempt beyond 32 bits": (STORED_HANDOFF | {b"attempt": b"4294967296"}, REFUSED, REFUSED),
+    "an endless attempt": (STORED_HANDOFF | {b"attempt": b"9" * 10_000}, REFUSED, REFUSED),
+    "a negative attempt": (STORED_HANDOFF | {b"attempt": b"-1"}, APPLIED, APPLIED),
+    "a decode worker that is none": (STORED_HANDOFF | {b"decode": b"decode-0"}, APPLIED, REFUSED),
+    "a prefill worker that is none": (STORED_HANDOFF | {b"prefill": b"\x1b[2J"}, APPLIED, APPLIED),
+    "no text": (STORED_HANDOFF | {b"request_id": b"\xff\xfe"}, APPLIED, APPLIED),
+    "too long": (STORED_HANDOFF | {b"request_id": b"x" * 100_000}, APPLIED, APPLIED),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_HANDOFFS)
+async def test_a_handoff_that_makes_no_sense_is_not_found_and_counted(
+    store: RedisOwnership | MemoryOwnership,
+    plant: Callable[[str, str, bytes | dict[bytes, bytes]], None],
+    kind: str,
+) -> None:
+    held, stepped, said_again = HOSTILE_HANDOFFS[kind]
+    plant("handoff", HANDOFF.transfer_id, held)
+    assert await store.find_handoff(HANDOFF.transfer_id) is None
+    assert store.counters == {"bad_record.handoff": 1}
+    assert await store.advance_handoff(step(FILLING, CLAIMED, attempt=2)) is stepped
+    said = replace(HANDOFF, attempt=2**32 - 1)
+    assert await store.begin_handoff(said, 60) is said_again
+    if said_again is APPLIED:
+        assert await store.find_handoff(HANDOFF.transfer_id) == said
+
+
+async def test_a_handoff_is_found_with_fields_that_a_newer_version_adds(
+    store: RedisOwnership | MemoryOwnership, plant: Callable[[str, str, bytes | dict[bytes, bytes]], None]
+) -> None:
+    plant("handoff", HANDOFF.transfer_id, STORED_HANDOFF | {b"colour": b"blue"})
+    assert await store.find_handoff(HANDOFF.transfer_id) == replace(HANDOFF, prefill=P1, attempt=2, state=FILLING)
+    plant("stream", "request", b"\xff\xfe")
+    assert await store.streams.find("request") is None
+    assert store.counters == {"bad_record.stream": 1}
 
 
 async def test_only_the_four_kinds_of_key_exist_and_all_expire(redis_store: RedisOwnership, redis_url: str) -> None:
