@@ -134,8 +134,11 @@ class MemoryOwnership:
         known = self.keys.handoffs.get(record.transfer_id) or {}
         decode = known.get(b"decode")
         attempt = _number(known.get(b"attempt"))
-        makes_sense = decode is not None and attempt is not None
-        if makes_sense and (decode != record.decode.encode() or attempt > record.attempt):
+        if decode is None or attempt is None:
+            is_taken = False
+        else:
+            is_taken = decode != record.decode.encode() or attempt > record.attempt
+        if is_taken:
             return TransitionResult.REFUSED
         self.keys.handoffs.put(record.transfer_id, encode_handoff(record), ttl_s)
         return TransitionResult.APPLIED
