@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 from decode_service.attachment import Attachments
@@ -16,6 +17,7 @@ from decode_service.streams import MAX_STREAMS, Streams
 from decode_service.worker import StepLoop
 from isthmus.config import DecodeConfig
 from isthmus.engine.engine import Engine
+from isthmus.ledger import LedgerEvent
 from isthmus.process.admin import ServiceHooks
 from isthmus.process.serving import Face, Stop, serve_until_signal
 from isthmus.process.worker_context import WorkerContext
@@ -24,9 +26,10 @@ from isthmus.v1 import admin_pb2, decode_pb2_grpc
 from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
 from kv_transfer.counters import Counters
 from kv_transfer.events import ReceiverOptions, TransferEvents
-from kv_transfer.ownership.membership import Membership, running
-from kv_transfer.ownership.mirror import HandoffMirror
+from kv_transfer.ownership.membership_task import Membership
+from kv_transfer.ownership.mirror_task import MirrorTask, mirroring
 from kv_transfer.ownership.store import OpenStore, connected
+from kv_transfer.ownership.stored_handoffs import StoredHandoffs
 from kv_transfer.pool_memory import PoolMemory, RowMemory
 from kv_transfer.receiver import Receiver
 from kv_transfer.selftest import round_trip
@@ -47,11 +50,14 @@ class DecodeWorker:
         self._server = DecodeServer(self._identity)
         self._engine: Engine | None = None
         self._streams: Streams | None = None
+        self._stored: StoredHandoffs | None = None
         self._counters: list[Counters] = []
 
     async def run(self) -> None:
         """Returns after a drain; raises CannotStart when a setting is in the way."""
-        hooks = ServiceHooks(self._status, self._server.drain, self._context.ledger, self._context.metrics)
+        hooks = ServiceHooks(
+            self._status, self._server.drain, self._context.ledger, self._context.metrics, self._stored_handoffs
+        )
         register = partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, self._server)
         face = Face(self._config, self._identity, self._context.health, hooks, SERVICE, register)
         await serve_until_signal(face, self._work)
@@ -60,14 +66,16 @@ class DecodeWorker:
     async def _work(self, stop: Stop) -> AsyncIterator[None]:
         """Opens everything in the order of need; the stack closes it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
-            store = await stack.enter_async_context(connected(self._open_store, self._config))
+            store = await stack.enter_async_context(connected(self._open_store, self._config, self._context.clock))
+            self._stored = StoredHandoffs(store, self._context.clock)
             limits = StepLimits(decode_rows=min(self._config.max_batch, MAX_STREAMS) + REPLAY_ROWS)
             tell = self._context.health.starting
             engine = self._engine = await asyncio.to_thread(open_engine, self._config, tell, limits)
             on_device = await asyncio.to_thread(device_memory, engine)
             memory = on_device or PoolMemory(engine.layout, transfer_memory(engine))
-            mirror = await stack.enter_async_context(running(HandoffMirror(store)))
-            report = OwnershipReport(mirror, self._identity.incarnation)
+            mirror = MirrorTask(store, self._context.clock, self._restate)
+            await stack.enter_async_context(mirroring(mirror))
+            report = OwnershipReport(mirror.report, self._identity.incarnation)
             post = _Post(stop)
             receiver = self._open_receiver(memory, report, post)
             stack.callback(receiver.close)
@@ -82,8 +90,9 @@ class DecodeWorker:
             self._server.open(attachments, mover)
             tending = asyncio.create_task(_tend(attachments, report, post), name="attachments")
             stack.callback(tending.cancel)
-            repeat = partial(report.again, streams.restate)
-            member = Membership(self._config, self._context, self._status, self._open_store, on_store_lost=repeat)
+            member = Membership(
+                self._config, self._context, self._status, self._open_store, os.getpid(), on_store_lost=report.again
+            )
             await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))
             yield
 
@@ -114,6 +123,14 @@ class DecodeWorker:
         sender = Sender(self._identity.incarnation, memory, self._context.ledger)
         self._counters.append(sender.counters)
         return sender
+
+    def _restate(self) -> None:
+        if self._streams is not None:
+            self._streams.restate()
+
+    async def _stored_handoffs(self, request_id: str, transfer_ids: Sequence[str]) -> list[LedgerEvent]:
+        """Nothing before the store is open."""
+        return await self._stored.read(request_id, transfer_ids) if self._stored is not None else []
 
     def _status(self) -> admin_pb2.GetStatusResponse:
         status = engine_status(self._config.model, self._engine)
@@ -150,4 +167,4 @@ async def _tend(attachments: Attachments, report: OwnershipReport, post: _Post) 
         await asyncio.sleep(_SWEEP_S)
         post(attachments.sweep)
         if turn % round(REFRESH_S / _SWEEP_S) == 0:
-            report.again(attachments.streams.restate)
+            report.again()

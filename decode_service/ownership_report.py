@@ -1,22 +1,28 @@
-"""What the store is told of this worker's handoffs and streams; every call returns at once, Redis follows."""
+"""What the store is told of this worker's handoffs and streams. Every call returns at once; the store follows."""
 
 from collections.abc import Callable
 
-from kv_transfer.ownership.mirror import HandoffMirror
-from kv_transfer.ownership.store import HandoffRecord, OwnershipStore, Transition
+from kv_transfer.ownership.changes import (
+    AdvanceHandoff,
+    BeginHandoff,
+    DropStream,
+    MirroredChange,
+    PutStream,
+    Restate,
+)
+from kv_transfer.ownership.store import HandoffRecord, Transition
 from kv_transfer.transfers import StateChange
 
 TTL_S = 30.0  # bounds what a killed worker leaves behind
-REFRESH_S = 10.0
+REFRESH_S = 10.0  # between two restatements of everything
 
 
 class OwnershipReport:
-    """Any thread may report; the mirror keeps the order."""
+    """Any thread may report. `report` hands a change to the mirror, which keeps the order."""
 
-    def __init__(self, mirror: HandoffMirror, incarnation: str):
-        self._mirror = mirror
+    def __init__(self, report: Callable[[MirroredChange], None], incarnation: str):
+        self._report = report
         self._incarnation = incarnation
-        self._round = 0
 
     def handoff_changed(self, change: StateChange) -> None:
         """Follows the receiver's state machine, change by change."""
@@ -26,24 +32,17 @@ class OwnershipReport:
             record = HandoffRecord(
                 transfer.transfer_id, transfer.request_id, self._incarnation, prefill, transfer.attempt, transfer.state
             )
-            self._mirror.report(lambda store: store.begin_handoff(record, TTL_S))
+            self._report(BeginHandoff(record, TTL_S))
             return
         transition = Transition(transfer.transfer_id, change.previous, transfer.state, transfer.attempt, prefill)
-        self._mirror.report(lambda store: store.advance_handoff(transition))
+        self._report(AdvanceHandoff(transition))
 
     def stream_began(self, request_id: str) -> None:
-        self._mirror.report(lambda store: store.streams.put(request_id, self._incarnation, TTL_S))
+        self._report(PutStream(request_id, self._incarnation, TTL_S))
 
     def stream_ended(self, request_id: str) -> None:
-        self._mirror.report(lambda store: store.streams.drop(request_id, self._incarnation))
+        self._report(DropStream(request_id, self._incarnation))
 
-    def again(self, restate: Callable[[], None]) -> None:
-        """`restate` reports everything anew, in the mirror's loop and turn; of several that wait only the last does."""
-        self._round += 1
-        number = self._round
-
-        async def turn(_: OwnershipStore) -> None:
-            if number == self._round:
-                restate()
-
-        self._mirror.report(turn)
+    def again(self) -> None:
+        """Everything is to be reported anew, after what waits; of several such requests that wait one is followed."""
+        self._report(Restate())

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -14,7 +15,7 @@ from isthmus.process.worker_context import WorkerContext
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
 from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
 from kv_transfer.courier import SenderOptions
-from kv_transfer.ownership.membership import Membership
+from kv_transfer.ownership.membership_task import Membership
 from kv_transfer.ownership.store import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.selftest import round_trip
@@ -51,7 +52,7 @@ class PrefillWorker:
     async def _work(self, stop: Stop) -> AsyncIterator[None]:
         """Opens everything in the order of need; the stack closes it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
-            store = await stack.enter_async_context(connected(self._open_store, self._config))
+            store = await stack.enter_async_context(connected(self._open_store, self._config, self._context.clock))
             limits = step_limits(self._config.device, self._config.tile_budget)
             tell = self._context.health.starting
             engine = self._engine = await asyncio.to_thread(open_engine, self._config, tell, limits)
@@ -66,7 +67,7 @@ class PrefillWorker:
             stack.push_async_callback(asyncio.to_thread, prefill_loop.stop)
             await asyncio.to_thread(round_trip, engine.layout)
             self._server.open(prefill_loop, engine)
-            member = Membership(self._config, self._context, self._status, self._open_store)
+            member = Membership(self._config, self._context, self._status, self._open_store, os.getpid())
             await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))
             yield
 

@@ -58,7 +58,7 @@ class Router:
     async def _work(self, stop: Stop) -> AsyncIterator[None]:
         """Opens everything in the order of need; the stack closes it in reverse. Serves with or without workers."""
         async with contextlib.AsyncExitStack() as stack:
-            store = await stack.enter_async_context(connected(self._open_store, self._config))
+            store = await stack.enter_async_context(connected(self._open_store, self._config, self._clock))
             model, tokenizer = await asyncio.to_thread(_open_model, self._config)
             text = stack.enter_context(
                 TextWorkers(tokenizer, max_prompt_bytes=self._config.max_prompt_bytes, max_tokens=model.context_length)

@@ -1,4 +1,7 @@
-"""`isthmus explain REQUEST_ID`: what became of one request, merged from the ledgers of all processes."""
+"""`isthmus explain REQUEST_ID`: what became of one request, merged from the ledgers of all processes.
+
+A decode worker adds what Redis holds of the request's transfers at that moment (`handoff.stored`).
+"""
 
 import argparse
 import asyncio
@@ -12,7 +15,7 @@ import grpc.aio
 
 from isthmus.cli.probe import Probe
 from isthmus.cli.state import newest_stack
-from isthmus.cli.timeline import Event, Timeline
+from isthmus.cli.timeline import RequestStory, StoryEvent
 from isthmus.errors import WorkersUnavailable
 from isthmus.process.rpc import channel
 from isthmus.v1 import admin_pb2, admin_pb2_grpc
@@ -30,7 +33,8 @@ class _Told:
     role: str
     address: str
     offset_ns: int
-    events: dict[int, admin_pb2.LedgerEvent]  # by sequence
+    incarnation: str
+    events: dict[tuple[int, str], admin_pb2.LedgerEvent]  # by sequence, and transfer for those that have none
 
 
 async def run(parsed: argparse.Namespace) -> int:
@@ -38,13 +42,14 @@ async def run(parsed: argparse.Namespace) -> int:
     told = [one for one in await asyncio.gather(*(_ask(address, parsed.request_id) for address in addresses)) if one]
     unreached = sorted(addresses.keys() - {one.address for one in told})
     not_reached = [f"{addresses[address] or 'router'} at {address}" for address in unreached]
-    timeline = Timeline(parsed.request_id, list(_merged(told)), not_reached)
-    if not timeline.events:
+    names = {one.incarnation: one.name for one in told if one.incarnation}
+    story = RequestStory(parsed.request_id, list(_merged(told)), not_reached, names)
+    if not story.events:
         asked = ", ".join(one.name for one in told) or "nobody"
         missing = f"; not reached: {', '.join(not_reached)}" if not_reached else ""
         sys.stderr.write(f"isthmus explain: no ledger knows request {parsed.request_id} (asked: {asked}{missing})\n")
         return 1
-    sys.stdout.write(json.dumps(timeline.as_dict()) + "\n" if parsed.json else timeline.as_text())
+    sys.stdout.write(json.dumps(story.as_dict()) + "\n" if parsed.json else story.as_text())
     return 0
 
 
@@ -79,14 +84,17 @@ async def _ask(address: str, request_id: str) -> _Told | None:
             began_ns = time.monotonic_ns()
             answer = await stub.Ledger(admin_pb2.LedgerRequest(request_id=request_id, limit=_MAX_EVENTS))
             ended_ns = time.monotonic_ns()
-            events = {event.sequence: event for event in answer.events}
+            events = {(event.sequence, event.transfer_id): event for event in answer.events}
             transfers = {event.transfer_id for event in answer.events} - {""}
             for transfer_id in sorted(transfers)[:_MAX_TRANSFERS]:
                 more = await stub.Ledger(admin_pb2.LedgerRequest(request_id=transfer_id, limit=_MAX_EVENTS))
-                events |= {event.sequence: event for event in more.events if event.request_id in ("", request_id)}
+                for event in more.events:
+                    if event.request_id in ("", request_id):
+                        events[event.sequence, event.transfer_id] = event
     except (grpc.aio.AioRpcError, TimeoutError):
         return None
-    return _Told(answer.name, answer.role, address, _offset_ns(answer.monotonic_ns, began_ns, ended_ns), events)
+    offset_ns = _offset_ns(answer.monotonic_ns, began_ns, ended_ns)
+    return _Told(answer.name, answer.role, address, offset_ns, answer.incarnation, events)
 
 
 def _offset_ns(theirs: int, began: int, ended: int) -> int:
@@ -95,12 +103,12 @@ def _offset_ns(theirs: int, began: int, ended: int) -> int:
     return 0 if abs(offset) <= (ended - began) // 2 else offset
 
 
-def _merged(told: Collection[_Told]) -> Iterable[Event]:
+def _merged(told: Collection[_Told]) -> Iterable[StoryEvent]:
     """By time; a process's own order is kept."""
     found = [(event.monotonic_ns + one.offset_ns, one, event) for one in told for event in one.events.values()]
     found.sort(key=lambda entry: (entry[0], entry[1].name, entry[2].sequence))
     for at_ns, one, event in found:
-        yield Event(
+        yield StoryEvent(
             ms=(at_ns - found[0][0]) / 1e6,
             process=one.name,
             event=event.event,

@@ -1,15 +1,19 @@
-"""One request's events in the order of time, and what they say together. Pure."""
+"""One request's events in the order of time, and what they say together. Nothing here asks anybody."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from isthmus.cli.table import table
+from isthmus.process.admin import NOT_STORED, STORED_EVENT
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """A line of a ledger; `ms` counts from the request's first event anywhere."""
+class StoryEvent:
+    """A line of a ledger, or of what a worker read in Redis when it was asked.
+
+    `ms` counts from the request's first event anywhere.
+    """
 
     ms: float
     process: str
@@ -26,12 +30,13 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Timeline:
-    """Events by time. `not_reached`: processes whose ledgers are missing."""
+class RequestStory:
+    """Events by time. `not_reached`: processes whose ledgers are missing. `names`: of processes, by incarnation."""
 
     request_id: str
-    events: Sequence[Event]
+    events: Sequence[StoryEvent]
     not_reached: Sequence[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -44,7 +49,7 @@ class Timeline:
 
     def summary(self) -> dict[str, Any]:
         """Spans in milliseconds; None where the events do not say."""
-        outcome, tiles = self._outcome(), self._all("prefill.tile")
+        outcome = self._outcome()
         return {
             "outcome": outcome.cause if outcome else None,
             "is_finished": bool(outcome and outcome.event == "request.finished"),
@@ -53,8 +58,9 @@ class Timeline:
             "num_cached_tokens": _number(self._first("prefill.started"), "cached"),
             "queue_ms": _span(self._first("request.accepted"), self._first("request.placed")),
             "prefill_ms": _span(self._first("prefill.started"), self._first("prefill.first_token")),
-            "num_tiles": len(tiles),
+            "num_tiles": len(self._all("prefill.tile")),
             "transfers": self._transfers(),
+            "stored": self._stored(),
             "claim_ms": _span(self._first("stream.reserved"), self._first("handoff.claimed")),
             "decode_ms": _span(self._first("stream.joined"), self._last("stream.ended")),
             "steps_waited": _number(self._first("stream.joined"), "steps_waited"),
@@ -63,7 +69,7 @@ class Timeline:
         }
 
     def as_text(self) -> str:
-        lines = [self._head(), *self._spans(), *self._tries()]
+        lines = [self._head(), *self._spans(), *self._tries(), *self._redis_now()]
         lines += [f"not reached: {name}" for name in self.not_reached]
         lines += [f"no events from {name}: restarted since, or too long ago" for name in self._silent()]
         header = ("ms", "process", "event", "attempt", "transfer", "detail")
@@ -130,7 +136,32 @@ class Timeline:
             )
         return told
 
-    def _outcome(self) -> Event | None:
+    def _stored(self) -> list[dict[str, Any]]:
+        """The record of each transfer as Redis held it when the workers were asked; with a cause: what it lacked."""
+        told: list[dict[str, Any]] = []
+        for one in self._all(STORED_EVENT):
+            decode = one.fields.get("decode", "")
+            prefill = one.fields.get("prefill", "")
+            told.append(
+                {
+                    "transfer_id": one.transfer_id,
+                    "asked": one.process,
+                    "state": one.fields.get("state"),
+                    "attempt": one.attempt or None,
+                    "decode": self.names.get(decode, decode) or None,
+                    "prefill": self.names.get(prefill, prefill) or None,
+                    "cause": one.cause,
+                }
+            )
+        return told
+
+    def _redis_now(self) -> list[str]:
+        lines = [f"Redis now: transfer {one['transfer_id'][:8]}: {_record_in_words(one)}" for one in self._stored()]
+        looked_up = {one.transfer_id for one in self._all(STORED_EVENT)}
+        others = sorted({one.transfer_id for one in self.events} - looked_up - {""})
+        return lines + [f"Redis now: transfer {name[:8]}: nobody who was reached could look" for name in others]
+
+    def _outcome(self) -> StoryEvent | None:
         """Of the router that saw the end; another that lost the stream says `failed`."""
         ends = self._all("request.finished") or self._all("request.failed") or self._all("stream.ended")
         return ends[-1] if ends else None
@@ -140,13 +171,13 @@ class Timeline:
         named = {one.fields[role] for one in self._all("request.placed") for role in _ROLES if role in one.fields}
         return sorted(named - {one.process for one in self.events} - {name.split(" ")[0] for name in self.not_reached})
 
-    def _all(self, event: str) -> list[Event]:
+    def _all(self, event: str) -> list[StoryEvent]:
         return [one for one in self.events if one.event == event]
 
-    def _first(self, event: str) -> Event | None:
+    def _first(self, event: str) -> StoryEvent | None:
         return next(iter(self._all(event)), None)
 
-    def _last(self, event: str) -> Event | None:
+    def _last(self, event: str) -> StoryEvent | None:
         return next(reversed(self._all(event)), None)
 
 
@@ -171,7 +202,7 @@ class _Blank(dict[str, str]):
         return ""
 
 
-def _try(event: Event) -> str | None:
+def _try(event: StoryEvent) -> str | None:
     words = _WORDS.get(event.event)
     if words is None:
         return None
@@ -179,20 +210,29 @@ def _try(event: Event) -> str | None:
     return number + words.format_map(_Blank(event.fields | {"cause": event.cause})).strip()
 
 
-def _row(event: Event) -> tuple[str, ...]:
-    attempt, transfer = str(event.attempt or "-"), event.transfer_id[:8] or "-"
+def _row(event: StoryEvent) -> tuple[str, ...]:
+    attempt = str(event.attempt or "-")
+    transfer = event.transfer_id[:8] or "-"
     return f"{event.ms:.3f}", event.process, event.event, attempt, transfer, _cut(event.detail)
+
+
+def _record_in_words(stored: dict[str, Any]) -> str:
+    if stored["cause"] == NOT_STORED:
+        return "no record"
+    if stored["cause"]:
+        return f"{stored['asked']} could not look: {stored['cause']}"
+    return f"{stored['state']}, attempt {stored['attempt']}, {stored['prefill']} > {stored['decode']}"
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
-def _because(event: Event) -> str:
+def _because(event: StoryEvent) -> str:
     return f": {event.cause}" if event.cause else ""
 
 
-def _refusal(event: Event) -> dict[str, str]:
+def _refusal(event: StoryEvent) -> dict[str, str]:
     fields = event.fields
     return {
         "worker": fields.get("worker", "?"),
@@ -201,12 +241,12 @@ def _refusal(event: Event) -> dict[str, str]:
     }
 
 
-def _number(event: Event | None, name: str) -> float | None:
+def _number(event: StoryEvent | None, name: str) -> float | None:
     try:
         return float(event.fields[name]) if event is not None else None
     except (KeyError, ValueError):
         return None
 
 
-def _span(first: Event | None, last: Event | None) -> float | None:
+def _span(first: StoryEvent | None, last: StoryEvent | None) -> float | None:
     return last.ms - first.ms if first is not None and last is not None and last.ms >= first.ms else None

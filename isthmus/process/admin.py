@@ -5,20 +5,23 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc.aio
 
 from isthmus.clock import SystemClock
-from isthmus.ledger import Ledger
+from isthmus.ledger import Ledger, LedgerEvent
 from isthmus.metrics import Metrics
 from isthmus.process.health import HealthState
 from isthmus.v1 import admin_pb2, admin_pb2_grpc
 
 ADMIN_SERVICE = "isthmus.v1.AdminService"
 _MAX_DRAIN_S = 600.0
+STORED_EVENT = "handoff.stored"
+NOT_STORED = "NOT_STORED"  # its cause where the store holds no record of the transfer
 _DEFAULT_LEDGER_EVENTS = 1000
+_MAX_STORED_HANDOFFS = 32  # looked up for one answer
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,6 +36,11 @@ class Identity:
     http_address: str = ""
 
 
+# From a request's id and its transfers' ids to what the store holds of each at this moment: one STORED_EVENT each, of
+# sequence 0 since no ledger has it. The call is bounded in time, and raises nothing when the store is away.
+ReadStoredHandoffs = Callable[[str, Sequence[str]], Awaitable[list[LedgerEvent]]]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServiceHooks:
     """What only the service knows. `status` fills that (blocks, streams, layout, workers) and works from the start."""
@@ -41,6 +49,7 @@ class ServiceHooks:
     drain: Callable[[float], Awaitable[int]]  # seconds it may take -> what is left, 0 when all ended
     ledger: Ledger
     metrics: Metrics
+    stored_handoffs: ReadStoredHandoffs | None = None  # None: the service does not look into the store
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -69,6 +78,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.LedgerResponse:
         limit = request.limit or _DEFAULT_LEDGER_EVENTS
         events = self._hooks.ledger.read(request_id=request.request_id, limit=limit)
+        events += await self._read_stored(request.request_id, events)
         messages = [admin_pb2.LedgerEvent(**dataclasses.asdict(event)) for event in events]
         return admin_pb2.LedgerResponse(
             incarnation=self.identity.incarnation,
@@ -77,6 +87,15 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             name=self.identity.name,
             role=self.identity.role,
         )
+
+    async def _read_stored(self, request_id: str, events: Sequence[LedgerEvent]) -> list[LedgerEvent]:
+        """What the store holds of the newest transfers of the request that was asked for."""
+        if self._hooks.stored_handoffs is None or not request_id:
+            return []
+        transfer_ids = {event.transfer_id: None for event in events if event.request_id == request_id}
+        transfer_ids.pop("", None)
+        newest = list(transfer_ids)[-_MAX_STORED_HANDOFFS:]
+        return await self._hooks.stored_handoffs(request_id, newest) if newest else []
 
     async def drain(self, timeout_s: float) -> int:
         """Stops admission at once, then waits at most `timeout_s`; what is left at the end."""
@@ -89,7 +108,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         for name, value in dataclasses.asdict(self.identity).items():
             setattr(status, name, value)
         status.pid = os.getpid()
-        status.state, status.serving, status.reason = health.state.value, health.serving, health.reason
+        status.state = health.state.value
+        status.serving = health.serving
+        status.reason = health.reason
         status.num_steps = self._health.watch.num_steps
         status.uptime_s = self._clock.now() - self._started_at
         status.counters.update(self._hooks.metrics.counters())

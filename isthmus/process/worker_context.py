@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from isthmus.clock import Clock, SystemClock
+from isthmus.clock import LoopClock, SystemClock
 from isthmus.config import WorkerConfig
 from isthmus.failpoints import Failpoints
 from isthmus.ids import SystemIds
@@ -17,7 +17,7 @@ class WorkerContext:
     """Made once, in the composition root; every member may be used by any thread."""
 
     identity: Identity
-    clock: Clock
+    clock: LoopClock
     ledger: Ledger
     metrics: Metrics
     health: HealthState

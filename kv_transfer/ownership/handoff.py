@@ -1,4 +1,4 @@
-"""The states of a handed-over block set, and the one table that Python, the tests' in-memory twin and Lua all follow.
+"""The states of a handed-over block set, and the one table that Python, the in-memory twin and Lua all follow.
 
     RESERVED --> FILLING --> CLAIMED --> RELEASED
         \\___________\\__> ABORTED

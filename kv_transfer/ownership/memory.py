@@ -1,17 +1,24 @@
-"""The in-memory twin of the Redis store: the same answers within one process."""
+"""The in-memory twin of the Redis store: the same answers within one process, by a clock that is handed in.
 
-from dataclasses import dataclass, replace
+No call waits: a coroutine of this store ends at its first step, so tests and a simulator need no event loop for it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
-from isthmus.clock import Clock, SystemClock
+from isthmus.clock import Clock
 from kv_transfer.counters import Counters
-from kv_transfer.ownership.handoff import is_allowed
+from kv_transfer.ownership.handoff import HandoffState, is_allowed
 from kv_transfer.ownership.records import (
     decode_blocks,
+    decode_handoff,
     decode_stamp,
+    decode_stream,
     decode_worker,
     encode_blocks,
+    encode_handoff,
     encode_worker,
     read_record,
     read_workers,
@@ -28,7 +35,7 @@ from kv_transfer.ownership.store import (
 Value = TypeVar("Value")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Entry(Generic[Value]):
     value: Value
     ttl_s: float
@@ -36,7 +43,7 @@ class _Entry(Generic[Value]):
 
 
 class Expiring(Generic[Value]):
-    """A dictionary whose entries end at their time, as Redis keys do."""
+    """A dictionary whose entries end at their time, as Redis keys do. Whoever holds it may write."""
 
     def __init__(self, clock: Clock):
         self._clock = clock
@@ -52,7 +59,13 @@ class Expiring(Generic[Value]):
             self.put(name, value, ttl_s)
 
     def get(self, name: str) -> Value | None:
-        return dict(self.items()).get(name)
+        entry = self._entries.get(name)
+        if entry is None:
+            return None
+        if entry.expires_at <= self._clock.now():
+            del self._entries[name]
+            return None
+        return entry.value
 
     def drop(self, name: str) -> None:
         self._entries.pop(name, None)
@@ -62,100 +75,151 @@ class Expiring(Generic[Value]):
         self._entries = {name: entry for name, entry in self._entries.items() if entry.expires_at > now}
         return [(name, entry.value) for name, entry in self._entries.items()]
 
-
-class MemoryBlocks:
-    """BlockIndex. `raw` is open so that tests can plant what a hostile writer would."""
-
-    def __init__(self, clock: Clock, counters: Counters):
-        self.raw: Expiring[bytes] = Expiring(clock)
-        self._counters = counters
-
-    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> None:
-        self.raw.put(incarnation, encode_blocks(snapshot), ttl_s)
-
-    async def find(self, incarnation: str) -> BlockSnapshot | None:
-        return read_record("blocks", decode_blocks, self.raw.get(incarnation), self._counters)
+    def copy(self) -> "Expiring[Value]":
+        """The entries of this moment; each ends when it would have ended here."""
+        copied: Expiring[Value] = Expiring(self._clock)
+        copied._entries = dict(self._entries)
+        return copied
 
 
-class MemoryStreams:
-    """StreamHints."""
+@dataclass(slots=True)
+class MemoryKeys:
+    """What Redis would hold, as bytes, by kind of key and name. Tests plant here what a hostile writer would.
 
-    def __init__(self, clock: Clock):
-        self._streams: Expiring[str] = Expiring(clock)
+    A copy that takes the place of the keys is a rollback, and new ones are a flush.
+    """
 
-    async def put(self, request_id: str, decode: str, ttl_s: float) -> None:
-        self._streams.put(request_id, decode, ttl_s)
+    workers: Expiring[bytes]
+    blocks: Expiring[bytes]
+    handoffs: Expiring[Mapping[bytes, bytes]]
+    streams: Expiring[bytes]
 
-    async def drop(self, request_id: str, decode: str) -> bool:
-        if self._streams.get(request_id) != decode:
-            return False
-        self._streams.drop(request_id)
-        return True
+    @classmethod
+    def empty(cls, clock: Clock) -> "MemoryKeys":
+        return cls(Expiring(clock), Expiring(clock), Expiring(clock), Expiring(clock))
 
-    async def find(self, request_id: str) -> str | None:
-        return self._streams.get(request_id)
+    def copy(self) -> "MemoryKeys":
+        return MemoryKeys(self.workers.copy(), self.blocks.copy(), self.handoffs.copy(), self.streams.copy())
 
 
 class MemoryOwnership:
-    """Single-threaded, like one event loop. Keeps leases and blocks encoded, so that the codec is exercised too."""
+    """OwnershipStore. Any number of routers and workers of one thread may share it.
 
-    def __init__(self, clock: Clock | None = None):
-        clock = clock or SystemClock()
+    `keys` may be replaced at any time, as a Redis that loses what it knew.
+    """
+
+    def __init__(self, clock: Clock):
         self.counters = Counters()
-        self.workers: Expiring[bytes] = Expiring(clock)  # open for tests, as above
-        self.blocks = MemoryBlocks(clock, self.counters)
-        self.streams = MemoryStreams(clock)
-        self._handoffs: Expiring[HandoffRecord] = Expiring(clock)
+        self.keys = MemoryKeys.empty(clock)
+        self.blocks = MemoryBlocks(self)
+        self.streams = MemoryStreams(self)
 
     async def put_worker(self, record: WorkerRecord, ttl_s: float) -> Renewed:
         name = record.incarnation
-        known, blocks = self.workers.get(name), self.blocks.raw.get(name) or b""
-        self.workers.put(name, encode_worker(record), ttl_s)
-        self.blocks.raw.renew(name, ttl_s)
+        known = self.keys.workers.get(name)
+        blocks = self.keys.blocks.get(name) or b""
+        self.keys.workers.put(name, encode_worker(record), ttl_s)
+        self.keys.blocks.renew(name, ttl_s)
         decode = partial(decode_worker, incarnation=name)
         return Renewed(read_record("worker", decode, known, self.counters), decode_stamp(blocks, len(blocks)))
 
     async def drop_worker(self, incarnation: str) -> None:
-        self.workers.drop(incarnation)
-        self.blocks.raw.drop(incarnation)
+        self.keys.workers.drop(incarnation)
+        self.keys.blocks.drop(incarnation)
 
     async def list_workers(self) -> list[WorkerRecord]:
-        return read_workers(self.workers.items(), self.counters)
+        return read_workers(self.keys.workers.items(), self.counters)
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
-        known = self._handoffs.get(record.transfer_id)
-        if known is not None and (known.decode != record.decode or known.attempt > record.attempt):
+        known = self.keys.handoffs.get(record.transfer_id) or {}
+        decode = known.get(b"decode")
+        attempt = _number(known.get(b"attempt"))
+        if decode is None or attempt is None:
+            is_taken = False
+        else:
+            is_taken = decode != record.decode.encode() or attempt > record.attempt
+        if is_taken:
             return TransitionResult.REFUSED
-        self._handoffs.put(record.transfer_id, record, ttl_s)
+        self.keys.handoffs.put(record.transfer_id, encode_handoff(record), ttl_s)
         return TransitionResult.APPLIED
 
     async def advance_handoff(self, transition: Transition) -> TransitionResult:
-        known = self._handoffs.get(transition.transfer_id)
-        if known is None:
+        known = self.keys.handoffs.get(transition.transfer_id) or {}
+        state = known.get(b"state")
+        if state is None:
             return TransitionResult.UNKNOWN
-        if not _may(known, transition):
+        if not _may(state, _number(known.get(b"attempt")), transition):
             return TransitionResult.REFUSED
         if transition.to_state.is_final:
-            self._handoffs.drop(transition.transfer_id)
-        else:
-            prefill = transition.prefill or known.prefill
-            after = replace(known, state=transition.to_state, attempt=transition.attempt, prefill=prefill)
-            self._handoffs.put(transition.transfer_id, after)
+            self.keys.handoffs.drop(transition.transfer_id)
+            return TransitionResult.APPLIED
+        after = {**known, b"state": _bytes(transition.to_state), b"attempt": b"%d" % transition.attempt}
+        if transition.prefill is not None:
+            after[b"prefill"] = transition.prefill.encode()
+        self.keys.handoffs.put(transition.transfer_id, after)
         return TransitionResult.APPLIED
 
     async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
-        return self._handoffs.get(transfer_id)
+        decode = partial(decode_handoff, transfer_id=transfer_id)
+        return read_record("handoff", decode, self.keys.handoffs.get(transfer_id), self.counters)
 
     async def ping(self) -> None: ...
 
     async def close(self) -> None: ...
 
 
-def _may(known: HandoffRecord, wanted: Transition) -> bool:
-    """The rule of advance_handoff.lua."""
-    if wanted.attempt < known.attempt:
+class MemoryBlocks:
+    """BlockIndex."""
+
+    def __init__(self, store: MemoryOwnership):
+        self._store = store
+
+    async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> None:
+        self._store.keys.blocks.put(incarnation, encode_blocks(snapshot), ttl_s)
+
+    async def find(self, incarnation: str) -> BlockSnapshot | None:
+        raw = self._store.keys.blocks.get(incarnation)
+        return read_record("blocks", decode_blocks, raw, self._store.counters)
+
+
+class MemoryStreams:
+    """StreamHints."""
+
+    def __init__(self, store: MemoryOwnership):
+        self._store = store
+
+    async def put(self, request_id: str, decode: str, ttl_s: float) -> None:
+        self._store.keys.streams.put(request_id, decode.encode(), ttl_s)
+
+    async def drop(self, request_id: str, decode: str) -> bool:
+        if self._store.keys.streams.get(request_id) != decode.encode():
+            return False
+        self._store.keys.streams.drop(request_id)
+        return True
+
+    async def find(self, request_id: str) -> str | None:
+        raw = self._store.keys.streams.get(request_id)
+        return read_record("stream", decode_stream, raw, self._store.counters)
+
+
+def _may(state: bytes, attempt: float | None, wanted: Transition) -> bool:
+    """The rule of advance_handoff.lua, for a record of this state and attempt."""
+    if attempt is None or wanted.attempt < attempt:
         return False
-    is_repeated = known.state is wanted.to_state and wanted.attempt == known.attempt
-    is_rearm = known.state is wanted.from_state is wanted.to_state and wanted.attempt > known.attempt
-    allowed = known.state is wanted.from_state and is_allowed(known.state, wanted.to_state)
-    return is_repeated or is_rearm or allowed
+    before = _bytes(wanted.from_state)
+    after = _bytes(wanted.to_state)
+    is_repeated = state == after and wanted.attempt == attempt
+    is_rearmed = state == before == after and wanted.attempt > attempt
+    return is_repeated or is_rearmed or (state == before and is_allowed(wanted.from_state, wanted.to_state))
+
+
+def _bytes(state: HandoffState) -> bytes:
+    return state.value.encode()
+
+
+def _number(raw: bytes | None) -> float | None:
+    """As Lua reads it."""
+    try:
+        return None if raw is None else float(raw)
+    except ValueError:
+        return None

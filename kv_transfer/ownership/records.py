@@ -1,7 +1,7 @@
-"""Ownership records as JSON and packed bytes. What comes back from a store is checked field by field, never trusted."""
+"""Ownership records as JSON, hashes and packed bytes. What a store returns is checked field by field, never trusted."""
 
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import TypeVar, cast
@@ -10,16 +10,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from isthmus.kv.layout import DTYPE_BYTES
 from kv_transfer.counters import Counters
+from kv_transfer.ownership.handoff import HandoffState
 from kv_transfer.ownership.store import (
     BLOCK_HASH_BYTES,
     MAX_BLOCK_HASHES,
     SEQUENCE_BYTES,
     BlockSnapshot,
+    HandoffRecord,
     Stamp,
     WorkerRecord,
 )
 
 MAX_RECORD_BYTES = 64 * 2**10
+MAX_ATTEMPT = 2**32 - 1  # as frames and messages carry it
 _SEQUENCE = struct.Struct("<Q")
 _HEX = frozenset("0123456789abcdef")
 _WORKER = TypeAdapter(WorkerRecord)
@@ -89,6 +92,36 @@ def decode_stamp(head: bytes, num_bytes: int) -> Stamp:
     return int.from_bytes(head[:SEQUENCE_BYTES], "little"), num_bytes
 
 
+def encode_handoff(record: HandoffRecord) -> dict[bytes, bytes]:
+    """The fields of the stored hash, but for its time to live."""
+    fields = {
+        "state": record.state.value,
+        "request_id": record.request_id,
+        "decode": record.decode,
+        "prefill": record.prefill or "",
+        "attempt": str(record.attempt),
+    }
+    return {name.encode(): value.encode() for name, value in fields.items()}
+
+
+def decode_handoff(raw: Mapping[bytes, bytes], transfer_id: str) -> HandoffRecord:
+    """Raises BadRecord. Fields that are not a record's are passed over."""
+    if sum(len(name) + len(value) for name, value in raw.items()) > MAX_RECORD_BYTES:
+        raise BadRecord("too long")
+    try:
+        fields = {name.decode(): value.decode() for name, value in raw.items()}
+        return HandoffRecord(
+            transfer_id=transfer_id,
+            request_id=fields["request_id"],
+            decode=check_incarnation(fields["decode"]),
+            prefill=check_incarnation(fields["prefill"]) if fields["prefill"] else None,
+            attempt=_check_attempt(fields["attempt"]),
+            state=HandoffState(fields["state"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise BadRecord(str(error)) from error
+
+
 def decode_stream(raw: bytes) -> str:
     try:
         return check_incarnation(raw.decode())
@@ -101,6 +134,13 @@ def check_incarnation(text: str) -> str:
     if len(text) != 32 or not _HEX.issuperset(text):
         raise BadRecord("an incarnation is 32 hex digits")
     return text
+
+
+def _check_attempt(text: str) -> int:
+    """Raises BadRecord."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_ATTEMPT)) and int(text) <= MAX_ATTEMPT):
+        raise BadRecord("an attempt is a whole number of 32 bits")
+    return int(text)
 
 
 def _numbers(value: object) -> Iterator[float]:

@@ -5,6 +5,9 @@
     handoff:{transfer}    hash: state, request_id, decode, prefill, attempt, ttl_ms; deleted by a final state
     stream:{request}      string, incarnation of the decode worker that holds it
 
+Leases are read by routers and by workers that join, stream hints by routers that resume, handoffs for `isthmus
+explain`. Block snapshots have no reader but tests today: the cluster-wide prefix cache, which comes later, reads them.
+
 A block snapshot is one versioned value, replaced whole: at most 1 MiB, no deltas to lose. Every atomic change is one
 Lua file in `lua/`. No command waits longer than `timeout_s`, which a server that is 500 ms away can keep.
 """
@@ -112,7 +115,8 @@ class RedisBlocks:
         self._connection = connection
 
     async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> None:
-        name, value = f"blocks:{incarnation}", records.encode_blocks(snapshot)
+        name = f"blocks:{incarnation}"
+        value = records.encode_blocks(snapshot)
         await self._connection.run(self._connection.client.set(name, value, px=_milliseconds(ttl_s)))
 
     async def find(self, incarnation: str) -> BlockSnapshot | None:
@@ -151,7 +155,9 @@ class RedisOwnership:
         self._advance_handoff = self._connection.script("advance_handoff")
 
     async def put_worker(self, record: WorkerRecord, ttl_s: float) -> Renewed:
-        lease, blocks, ttl_ms = f"w:{record.incarnation}", f"blocks:{record.incarnation}", _milliseconds(ttl_s)
+        lease = f"w:{record.incarnation}"
+        blocks = f"blocks:{record.incarnation}"
+        ttl_ms = _milliseconds(ttl_s)
 
         async def put() -> list[Any]:
             async with self._connection.client.pipeline(transaction=False) as pipe:
@@ -184,11 +190,17 @@ class RedisOwnership:
         return TransitionResult(await self._connection.run(command))
 
     async def advance_handoff(self, transition: Transition) -> TransitionResult:
-        before, after = transition.from_state, transition.to_state
+        before = transition.from_state
+        after = transition.to_state
         writer = [transition.attempt, transition.prefill or ""]
         arguments = [before.value, after.value, *writer, _TRANSITION_TABLE, int(after.is_final)]
         command = self._advance_handoff(keys=[f"handoff:{transition.transfer_id}"], args=arguments)
         return TransitionResult(await self._connection.run(command))
+
+    async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
+        command = self._connection.client.hgetall(f"handoff:{transfer_id}")
+        decode = partial(records.decode_handoff, transfer_id=transfer_id)
+        return await self._connection.read("handoff", decode, command)
 
     async def ping(self) -> None:
         await self._connection.run(self._connection.client.ping())

@@ -1,16 +1,16 @@
 """Who is alive and who owns which blocks: discovery, placement hints and Resume look-up. Never a fence.
 
-The process that owns memory decides by itself; a store may be flushed, rolled back, slow, gone or lying. Redis and the
-twin that tests use in its place (`kv_transfer/ownership/memory.py`) obey one suite.
+The process that owns memory decides by itself; a store may be flushed, rolled back, slow, gone or lying. Redis and its
+in-memory twin (`kv_transfer/ownership/memory.py`) obey one suite.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from isthmus.clock import LoopClock
 from isthmus.config import ServiceConfig
 from isthmus.errors import CannotStart, IsthmusError
 from isthmus.kv.layout import KvLayout
@@ -18,7 +18,8 @@ from isthmus.types import BlockCounts
 from kv_transfer.counters import Counters
 from kv_transfer.ownership.handoff import HandoffState
 
-START_WAIT_S, START_POLL_S = 4.0, 0.2  # for a Redis that starts, or stands still, as this process does
+START_WAIT_S = 4.0  # for a Redis that starts, or stands still, as this process does
+START_POLL_S = 0.2
 BLOCK_HASH_BYTES = 16
 MAX_BLOCK_HASHES = 65_536  # of one worker's snapshot: 1 MiB
 SEQUENCE_BYTES = 8  # ahead of the hashes
@@ -27,7 +28,9 @@ SEQUENCE_BYTES = 8  # ahead of the hashes
 class StoreUnavailable(IsthmusError):
     """The store did not answer in time; nothing is known about whether the change was made."""
 
-    grpc_status, reason, http_status = "UNAVAILABLE", "STORE_UNAVAILABLE", 503
+    grpc_status = "UNAVAILABLE"
+    reason = "STORE_UNAVAILABLE"
+    http_status = 503
 
 
 class StoreRefused(StoreUnavailable):
@@ -118,7 +121,7 @@ class Renewed:
 
 
 class BlockIndex(Protocol):
-    """What each worker's cache holds."""
+    """What each worker's cache holds. It is read by the cluster-wide prefix cache, which comes later."""
 
     async def publish(self, incarnation: str, snapshot: BlockSnapshot, ttl_s: float) -> None:
         """Replaces whatever is there: only the worker itself writes its snapshot."""
@@ -173,6 +176,10 @@ class OwnershipStore(Protocol):
         """One atomic step of handoff.TRANSITIONS; a final state deletes the record."""
         ...
 
+    async def find_handoff(self, transfer_id: str) -> HandoffRecord | None:
+        """The record as it is stored now. For people to look at: no worker acts on it."""
+        ...
+
     async def ping(self) -> None: ...
 
     async def close(self) -> None: ...
@@ -181,26 +188,25 @@ class OwnershipStore(Protocol):
 OpenStore = Callable[[str], OwnershipStore]  # by URL; it connects at its first command
 
 
-async def _answers(store: OwnershipStore) -> bool:
-    """Rests a moment when it does not."""
-    try:
-        await store.ping()
-    except StoreUnavailable:
-        await asyncio.sleep(START_POLL_S)
-        return False
-    return True
-
-
 @asynccontextmanager
-async def connected(open_store: OpenStore, config: ServiceConfig) -> AsyncIterator[OwnershipStore]:
-    """A store that answered once. Raises CannotStart when it does not for a while."""
+async def connected(open_store: OpenStore, config: ServiceConfig, clock: LoopClock) -> AsyncIterator[OwnershipStore]:
+    """A store that answered once. Raises CannotStart when it does not for START_WAIT_S."""
     store = open_store(config.redis_url)
-    give_up_at = asyncio.get_running_loop().time() + START_WAIT_S
+    give_up_at = clock.now() + START_WAIT_S
     try:
         while not await _answers(store):
-            if asyncio.get_running_loop().time() >= give_up_at:
+            if clock.now() >= give_up_at:
                 problem = f"Redis at {config.redis_shown} does not answer"
                 raise CannotStart("redis_url", problem, "start Redis there, or set --redis-url or ISTHMUS_REDIS_URL")
+            await clock.sleep(START_POLL_S)
         yield store
     finally:
         await store.close()
+
+
+async def _answers(store: OwnershipStore) -> bool:
+    try:
+        await store.ping()
+    except StoreUnavailable:
+        return False
+    return True

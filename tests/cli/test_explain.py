@@ -1,4 +1,4 @@
-"""`isthmus explain`: ledgers of several processes and clocks as one timeline."""
+"""`isthmus explain`: ledgers of several processes and clocks as one story."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from isthmus.cli import main
-from isthmus.cli.timeline import Event, Timeline
+from isthmus.cli.timeline import RequestStory, StoryEvent
 from isthmus.client import AsyncClient
 from isthmus.process.rpc import bind_grpc, create_server
 from isthmus.testing.stack import running_stack
@@ -30,11 +30,17 @@ class Process(admin_pb2_grpc.AdminServiceServicer):
         self.shift_ns = int(shift_s * 1e9)
         self.zero_ns = ZERO_NS
         self.workers: list[admin_pb2.WorkerStatus] = []
+        self.incarnation = ""
+        self.stored: dict[str, dict[str, str]] = {}  # fields by transfer
 
     async def GetStatus(self, request: Any, context: Any) -> admin_pb2.GetStatusResponse:  # noqa: N802
         return admin_pb2.GetStatusResponse(name=self.name, role=self.role, workers=self.workers)
 
     async def Ledger(self, request: Any, context: Any) -> admin_pb2.LedgerResponse:  # noqa: N802
+        lines = [*enumerate(self.events, 1)]
+        if request.request_id == REQUEST:
+            now_ms = (time.monotonic_ns() - self.zero_ns) / 1e6
+            lines += [(0, (now_ms, "handoff.stored", REQUEST, name, told)) for name, told in self.stored.items()]
         events = [
             admin_pb2.LedgerEvent(
                 sequence=number,
@@ -46,11 +52,16 @@ class Process(admin_pb2_grpc.AdminServiceServicer):
                 cause=fields.get("cause", ""),
                 fields={name: value for name, value in fields.items() if name not in ("attempt", "cause")},
             )
-            for number, (ms, event, request_id, transfer_id, fields) in enumerate(self.events)
+            for number, (ms, event, request_id, transfer_id, fields) in lines
             if request.request_id in (request_id, transfer_id)
         ]
-        now_ns = time.monotonic_ns() + self.shift_ns
-        return admin_pb2.LedgerResponse(events=events, monotonic_ns=now_ns, name=self.name, role=self.role)
+        return admin_pb2.LedgerResponse(
+            incarnation=self.incarnation,
+            events=events,
+            monotonic_ns=time.monotonic_ns() + self.shift_ns,
+            name=self.name,
+            role=self.role,
+        )
 
 
 @contextlib.asynccontextmanager
@@ -196,23 +207,23 @@ def test_absent_routers_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no router answers at 127.0.0.1:1, 127.0.0.1:2" in capsys.readouterr().err
 
 
-def told(*events: tuple[float, str, str, int, str, dict[str, str]]) -> Timeline:
-    return Timeline(
+def told(*events: tuple[float, str, str, int, str, dict[str, str]]) -> RequestStory:
+    return RequestStory(
         REQUEST,
         [
-            Event(ms, process, event, attempt, "", cause, fields)
+            StoryEvent(ms, process, event, attempt, "", cause, fields)
             for ms, process, event, attempt, cause, fields in events
         ],
     )
 
 
-def attempts(timeline: Timeline) -> Sequence[str]:
-    return [one["what"] for one in timeline.summary()["attempts"]]
+def attempts(story: RequestStory) -> Sequence[str]:
+    return [one["what"] for one in story.summary()["attempts"]]
 
 
 def test_attempts_say_why_there_was_another() -> None:
     first, second = {"prefill": "prefill-0", "decode": "decode-0"}, {"prefill": "prefill-0", "decode": "decode-1"}
-    timeline = told(
+    story = told(
         (0, "router-0", "request.accepted", 0, "", {}),
         (1, "router-0", "request.placed", 1, "", first),
         (5, "router-0", "attempt.failed", 1, "WORKER_LOST", {"failed": "decode", "detail": "connection refused"}),
@@ -223,7 +234,7 @@ def test_attempts_say_why_there_was_another() -> None:
         (10, "router-1", "request.moved", 1, "", {"worker": "decode-1", "to": "decode-2"}),
         (20, "router-1", "request.finished", 1, "stop", {"num_tokens": "130"}),
     )
-    assert attempts(timeline) == [
+    assert attempts(story) == [
         "attempt 1 placed: prefill-0 > decode-0",
         "attempt 1 decode failed: WORKER_LOST connection refused",
         "attempt 2 placed: prefill-0 > decode-1",
@@ -232,7 +243,7 @@ def test_attempts_say_why_there_was_another() -> None:
         "resumed at token 120",
         "attempt 1 moved from decode-1 to decode-2",
     ]
-    assert timeline.as_text().startswith(f"request {REQUEST}: finished: stop, 130 tokens\n")
+    assert story.as_text().startswith(f"request {REQUEST}: finished: stop, 130 tokens\n")
 
 
 @pytest.mark.parametrize(
@@ -249,6 +260,45 @@ def test_a_request_that_has_not_finished_is_told_so(event: Any, head: str) -> No
     )
 
 
+STORED = {"attempt": "1", "state": "CLAIMED", "decode": "d" * 32, "prefill": "1" * 32}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (STORED, "CLAIMED, attempt 1, prefill-0 > decode-1"),
+        (STORED | {"prefill": "e" * 32}, f"CLAIMED, attempt 1, {'e' * 32} > decode-1"),
+        ({"cause": "NOT_STORED"}, "no record"),
+        ({"cause": "STORE_UNAVAILABLE"}, "decode-1 could not look: STORE_UNAVAILABLE"),
+    ],
+    ids=["claimed", "of a worker that is gone", "none", "away"],
+)
+async def test_what_redis_holds_of_a_transfer_stands_beside_the_story(
+    capsys: pytest.CaptureFixture[str], fields: dict[str, str], words: str
+) -> None:
+    router, prefill, decode = processes(0.0)
+    prefill.incarnation = "1" * 32
+    decode.incarnation = "d" * 32
+    decode.stored = {TRANSFER: fields}
+    async with serving(router, prefill, decode) as found:
+        assert await explain(REQUEST, "--router", found[0], "--json") == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert await explain(REQUEST, "--router", found[0]) == 0
+    text = capsys.readouterr().out
+    assert f"\nRedis now: transfer e0cd152b: {words}\n" in text
+    (stored,) = shown["summary"]["stored"]
+    assert (stored["transfer_id"], stored["asked"]) == (TRANSFER, "decode-1")
+    assert stored["state"] == fields.get("state")
+    assert (shown["events"][-1]["event"], len(shown["events"])) == ("handoff.stored", 15), "once, and as the last"
+
+
+async def test_a_transfer_that_nobody_looked_up_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    router, prefill, _ = processes(0.0)
+    async with serving(router, prefill) as found:
+        assert await explain(REQUEST, "--router", found[0]) == 0
+    assert "Redis now: transfer e0cd152b: nobody who was reached could look\n" in capsys.readouterr().out
+
+
 @pytest.mark.e2e
 async def test_a_request_is_followed_through_a_real_stack(capsys: pytest.CaptureFixture[str]) -> None:
     with running_stack() as stack:
@@ -261,6 +311,7 @@ async def test_a_request_is_followed_through_a_real_stack(capsys: pytest.Capture
     said = shown["summary"]
     assert (said["outcome"], said["num_tokens"], said["num_tiles"]) == ("length", 20, 1)
     assert [(one["from"], one["to"], one["end"]) for one in said["transfers"]] == [("prefill-0", "decode-0", "acked")]
+    assert [(one["asked"], one["cause"]) for one in said["stored"]] == [("decode-0", "NOT_STORED")]
     assert all(said[span] > 0 for span in ("queue_ms", "prefill_ms", "claim_ms", "decode_ms"))
     order: Callable[[str], int] = [event["event"] for event in shown["events"]].index
     assert order("request.accepted") < order("stream.reserved") < order("handoff.claimed") < order("stream.ended")

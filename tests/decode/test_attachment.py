@@ -4,7 +4,9 @@ import pytest
 
 from decode_service import streams
 from decode_service.attachment import SESSION_GRACE_S
+from isthmus.clock import SystemClock
 from isthmus.v1 import decode_pb2, types_pb2
+from kv_transfer.ownership.memory import MemoryKeys
 from tests.decode.world import RETAIN, Router, Worker, oracle, request, until, world
 
 
@@ -285,10 +287,9 @@ async def test_everything_is_reported_again_to_a_store_that_forgot_it() -> None:
             await router.tokens(running.request_id, 0, 1)
             open_one = await router.reserve(filling)
             await worker.mirror.flush(1.0)
-            here.store.streams._streams._entries.clear()
-            here.store._handoffs._entries.clear()
+            here.store.keys = MemoryKeys.empty(SystemClock())
             for _ in range(3):
-                worker.report.again(worker.streams.restate)
+                worker.report.again()
             await worker.mirror.flush(1.0)
             for asked in (running, finished):
                 assert await here.store.streams.find(asked.request_id) == worker.identity.incarnation

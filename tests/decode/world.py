@@ -15,7 +15,7 @@ from decode_service.server import DecodeServer
 from decode_service.streams import Streams
 from decode_service.worker import StepLoop
 from isthmus.checkpoint.directory import Checkpoint
-from isthmus.clock import Clock
+from isthmus.clock import Clock, SystemClock
 from isthmus.convert import request_to_proto, target_from_proto, token_from_proto
 from isthmus.engine.engine import Engine
 from isthmus.engine.latent_cache import LatentCache
@@ -40,7 +40,7 @@ from isthmus.worker.engine_start import transfer_memory
 from kv_transfer.events import ReceiverOptions, TransferEvents
 from kv_transfer.outgoing import OutgoingTransfer, TransferOutcome
 from kv_transfer.ownership.memory import MemoryOwnership
-from kv_transfer.ownership.mirror import HandoffMirror
+from kv_transfer.ownership.mirror_task import MirrorTask
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver
 from kv_transfer.sender import Sender
@@ -157,8 +157,8 @@ class Worker:
         self.context = WorkerContext(
             self.identity, clock, Ledger(), Metrics(), HealthState(watch), _Gated(failpoints, self)
         )
-        self.mirror = HandoffMirror(store)
-        self.report = OwnershipReport(self.mirror, self.identity.incarnation)
+        self.mirror = MirrorTask(store, SystemClock(), lambda: self.streams.restate())
+        self.report = OwnershipReport(self.mirror.report, self.identity.incarnation)
         self.loop = asyncio.get_running_loop()
         self.memory = PoolMemory(self.engine.layout, transfer_memory(self.engine))
         events = TransferEvents(
@@ -350,7 +350,7 @@ class Router:
 
 @contextlib.asynccontextmanager
 async def world(*names: str, failpoints: str = "") -> AsyncIterator["World"]:
-    clock, store = ManualClock(), MemoryOwnership()
+    clock, store = ManualClock(), MemoryOwnership(SystemClock())
     built = World(clock, store, [Worker(name, store, clock, failpoints) for name in names], Prefill())
     try:
         yield built

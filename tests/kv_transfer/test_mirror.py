@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from isthmus.clock import SystemClock
+from kv_transfer.ownership.changes import AdvanceHandoff, BeginHandoff, DropStream, PutStream
 from kv_transfer.ownership.handoff import HandoffState
 from kv_transfer.ownership.memory import MemoryOwnership
-from kv_transfer.ownership.mirror import HandoffMirror
+from kv_transfer.ownership.mirror_task import MirrorTask
 from kv_transfer.ownership.store import (
     HandoffRecord,
-    OwnershipStore,
     StoreRefused,
     StoreUnavailable,
     Transition,
@@ -23,31 +24,34 @@ RESERVED, FILLING, CLAIMED = HandoffState.RESERVED, HandoffState.FILLING, Handof
 
 
 class FlakyOwnership(MemoryOwnership):
-    """A store that is away while `is_away`."""
+    """A store that is away while `is_away`, and refuses the transfer `refused`."""
 
     is_away = False
+    refused = ""
 
     async def begin_handoff(self, record: HandoffRecord, ttl_s: float) -> TransitionResult:
         if self.is_away:
             raise StoreUnavailable("away")
+        if record.transfer_id == self.refused:
+            raise StoreRefused("garbage")
         return await super().begin_handoff(record, ttl_s)
 
 
 @pytest.fixture
 def store() -> FlakyOwnership:
-    return FlakyOwnership()
+    return FlakyOwnership(SystemClock())
 
 
 @pytest.fixture
-async def mirror(store: FlakyOwnership) -> AsyncIterator[HandoffMirror]:
-    mirror = HandoffMirror(store, max_changes=50)
+async def mirror(store: FlakyOwnership) -> AsyncIterator[MirrorTask]:
+    mirror = MirrorTask(store, SystemClock(), max_changes=50)
     task = asyncio.create_task(mirror.run())
     yield mirror
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-def report(mirror: HandoffMirror, transfer_id: str, *states: HandoffState) -> None:
+def report(mirror: MirrorTask, transfer_id: str, *states: HandoffState) -> None:
     begin(mirror, transfer_id)
     before = RESERVED
     for state in states:
@@ -55,36 +59,34 @@ def report(mirror: HandoffMirror, transfer_id: str, *states: HandoffState) -> No
         before = state
 
 
-def begin(mirror: HandoffMirror, transfer_id: str) -> None:
-    mirror.report(lambda store: store.begin_handoff(HandoffRecord(transfer_id, "r", D1), 60))
+def begin(mirror: MirrorTask, transfer_id: str) -> None:
+    mirror.report(BeginHandoff(HandoffRecord(transfer_id, "r", D1), 60))
 
 
-def advance(mirror: HandoffMirror, transition: Transition) -> None:
-    mirror.report(lambda store: store.advance_handoff(transition))
+def advance(mirror: MirrorTask, transition: Transition) -> None:
+    mirror.report(AdvanceHandoff(transition))
 
 
-async def test_changes_from_many_threads_arrive_in_the_order_of_each(
-    mirror: HandoffMirror, store: FlakyOwnership
-) -> None:
+async def test_changes_from_many_threads_arrive_in_the_order_of_each(mirror: MirrorTask, store: FlakyOwnership) -> None:
     threads = [threading.Thread(target=report, args=(mirror, f"t{number}", FILLING, CLAIMED)) for number in range(10)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    mirror.report(lambda store: store.streams.put("request", D1, 60))
+    mirror.report(PutStream("request", D1, 60))
     assert await mirror.flush(5)
     for number in range(10):
         record = await store.find_handoff(f"t{number}")
         assert record is not None
         assert (record.state, record.prefill) == (CLAIMED, P1)
     assert await store.streams.find("request") == D1
-    mirror.report(lambda store: store.streams.drop("request", D1))
+    mirror.report(DropStream("request", D1))
     assert await mirror.flush(5)
     assert await store.streams.find("request") is None
     assert mirror.counters == {}
 
 
-async def test_what_was_reported_while_redis_was_away_follows(mirror: HandoffMirror, store: FlakyOwnership) -> None:
+async def test_what_was_reported_while_redis_was_away_follows(mirror: MirrorTask, store: FlakyOwnership) -> None:
     store.is_away = True
     report(mirror, "t", FILLING)
     assert not await mirror.flush(0.05)
@@ -96,7 +98,7 @@ async def test_what_was_reported_while_redis_was_away_follows(mirror: HandoffMir
     assert mirror.counters["mirror.unavailable"] >= 1
 
 
-async def test_at_the_bound_the_oldest_change_is_dropped(mirror: HandoffMirror, store: FlakyOwnership) -> None:
+async def test_at_the_bound_the_oldest_change_is_dropped(mirror: MirrorTask, store: FlakyOwnership) -> None:
     store.is_away = True
     for number in range(80):
         begin(mirror, f"t{number}")
@@ -107,7 +109,7 @@ async def test_at_the_bound_the_oldest_change_is_dropped(mirror: HandoffMirror, 
     assert await store.find_handoff("t79") is not None
 
 
-async def test_refusals_and_unknown_ids_are_counted_alarms(mirror: HandoffMirror) -> None:
+async def test_refusals_and_unknown_ids_are_counted_alarms(mirror: MirrorTask) -> None:
     report(mirror, "t", FILLING)
     advance(mirror, Transition("t", RESERVED, HandoffState.RELEASED, 1))
     advance(mirror, Transition("never", RESERVED, FILLING, 1))
@@ -115,14 +117,10 @@ async def test_refusals_and_unknown_ids_are_counted_alarms(mirror: HandoffMirror
     assert mirror.counters == {"mirror.refused": 1, "mirror.unknown": 1}
 
 
-async def test_a_change_that_fails_otherwise_is_dropped_and_counted(
-    mirror: HandoffMirror, store: FlakyOwnership
-) -> None:
-    async def refused(_: OwnershipStore) -> None:
-        raise StoreRefused("garbage")
-
-    mirror.report(refused)
-    mirror.report(lambda store: store.begin_handoff(HandoffRecord("late", "r", D1), ttl_s=1 / 0))
+async def test_a_change_that_fails_otherwise_is_dropped_and_counted(mirror: MirrorTask, store: FlakyOwnership) -> None:
+    store.refused = "refused"
+    begin(mirror, "refused")
+    mirror.report(BeginHandoff(HandoffRecord("late", "r", D1), ttl_s="no number"))  # type: ignore[arg-type]
     begin(mirror, "t")
     assert await mirror.flush(5)
     assert await store.find_handoff("t") is not None

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import redis
 
+from isthmus.clock import SystemClock
 from isthmus.types import BlockCounts
 from kv_transfer.ownership.handoff import HandoffState
 from kv_transfer.ownership.memory import MemoryOwnership
-from kv_transfer.ownership.records import encode_worker
+from kv_transfer.ownership.records import encode_handoff, encode_worker
 from kv_transfer.ownership.redis import RedisOwnership
 from kv_transfer.ownership.store import (
     BlockSnapshot,
@@ -25,7 +26,6 @@ from kv_transfer.ownership.store import (
 )
 from tests.kv_transfer.conftest import free_port
 from tests.kv_transfer.world import LAYOUT
-from tests.ownership_reading import ReadableOwnership
 
 D1, D2, P1 = "d" * 32, "e" * 32, "1" * 32
 RESERVED, FILLING, CLAIMED = HandoffState.RESERVED, HandoffState.FILLING, HandoffState.CLAIMED
@@ -53,34 +53,39 @@ HANDOFF = HandoffRecord("t" * 32, "request", D1)
 
 
 @pytest.fixture(params=["redis", "memory"])
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[ReadableOwnership | MemoryOwnership]:
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[RedisOwnership | MemoryOwnership]:
     if request.param == "memory":
-        yield MemoryOwnership()
+        yield MemoryOwnership(SystemClock())
         return
-    store = ReadableOwnership(request.getfixturevalue("redis_url"))
+    store = RedisOwnership(request.getfixturevalue("redis_url"))
     yield store
     await store.close()
 
 
 @pytest.fixture
-async def redis_store(redis_url: str) -> AsyncIterator[ReadableOwnership]:
-    store = ReadableOwnership(redis_url, timeout_s=5.0)
+async def redis_store(redis_url: str) -> AsyncIterator[RedisOwnership]:
+    store = RedisOwnership(redis_url, timeout_s=5.0)
     yield store
     await store.close()
 
 
 @pytest.fixture
 def plant(
-    store: ReadableOwnership | MemoryOwnership, request: pytest.FixtureRequest
-) -> Callable[[str, str, bytes], None]:
+    store: RedisOwnership | MemoryOwnership, request: pytest.FixtureRequest
+) -> Callable[[str, str, bytes | dict[bytes, bytes]], None]:
     """Writes what a hostile or newer writer would."""
 
-    def write(kind: str, name: str, value: bytes) -> None:
+    def write(kind: str, name: str, value: bytes | dict[bytes, bytes]) -> None:
         if isinstance(store, MemoryOwnership):
-            (store.workers if kind == "w" else store.blocks.raw).put(name, value, 60)
+            keys = store.keys
+            kinds = {"w": keys.workers, "blocks": keys.blocks, "handoff": keys.handoffs, "stream": keys.streams}
+            kinds[kind].put(name, value, 60)
             return
         with redis.Redis.from_url(request.getfixturevalue("redis_url")) as client:
-            client.set(f"{kind}:{name}", value)
+            if isinstance(value, dict):
+                client.hset(f"{kind}:{name}", mapping=value)
+            else:
+                client.set(f"{kind}:{name}", value)
 
     return write
 
@@ -95,7 +100,7 @@ def step(before: HandoffState, after: HandoffState, attempt: int = 1, prefill: s
     return Transition(HANDOFF.transfer_id, before, after, attempt, prefill)
 
 
-async def test_a_worker_is_listed_as_it_registered(store: ReadableOwnership | MemoryOwnership) -> None:
+async def test_a_worker_is_listed_as_it_registered(store: RedisOwnership | MemoryOwnership) -> None:
     other = replace(WORKER, incarnation=P1, role="prefill", zmq_endpoint=None, serving=False)
     await store.put_worker(WORKER, 60)
     await store.put_worker(other, 60)
@@ -105,7 +110,7 @@ async def test_a_worker_is_listed_as_it_registered(store: ReadableOwnership | Me
     assert await store.list_workers() == [replace(WORKER, state="stepping")]
 
 
-async def test_a_lease_ends_with_its_blocks_unless_renewed(store: ReadableOwnership | MemoryOwnership) -> None:
+async def test_a_lease_ends_with_its_blocks_unless_renewed(store: RedisOwnership | MemoryOwnership) -> None:
     await store.put_worker(WORKER, 0.2)
     await store.blocks.publish(D1, BlockSnapshot(1, (b"h" * 16,)), 0.2)
 
@@ -120,7 +125,7 @@ async def test_a_lease_ends_with_its_blocks_unless_renewed(store: ReadableOwners
     await until(renewed_then_gone)
 
 
-async def test_a_block_snapshot_is_what_its_worker_published_last(store: ReadableOwnership | MemoryOwnership) -> None:
+async def test_a_block_snapshot_is_what_its_worker_published_last(store: RedisOwnership | MemoryOwnership) -> None:
     hashes = tuple(bytes([number]) * 16 for number in range(200))
     assert await store.blocks.find(D1) is None
     for snapshot in (BlockSnapshot(2**40, hashes), BlockSnapshot(5, hashes[:1]), BlockSnapshot(6, ())):
@@ -131,7 +136,7 @@ async def test_a_block_snapshot_is_what_its_worker_published_last(store: Readabl
 
 
 async def test_a_renewal_tells_what_the_store_held_until_then(
-    store: ReadableOwnership | MemoryOwnership, plant: Callable[[str, str, bytes], None]
+    store: RedisOwnership | MemoryOwnership, plant: Callable[[str, str, bytes], None]
 ) -> None:
     first, second = replace(WORKER, renewal=1), replace(WORKER, renewal=2, seconds_since_progress=0.1 + 0.2)
     snapshots = [BlockSnapshot(2**40, (b"h" * 16,) * 3), BlockSnapshot(7, ())]
@@ -148,7 +153,7 @@ async def test_a_renewal_tells_what_the_store_held_until_then(
     assert await store.list_workers() == [second]
 
 
-async def test_a_handoff_runs_its_course_and_leaves_nothing(store: ReadableOwnership | MemoryOwnership) -> None:
+async def test_a_handoff_runs_its_course_and_leaves_nothing(store: RedisOwnership | MemoryOwnership) -> None:
     assert await store.begin_handoff(HANDOFF, 60) is APPLIED
     assert await store.find_handoff(HANDOFF.transfer_id) == HANDOFF
     assert await store.advance_handoff(step(RESERVED, FILLING, prefill=P1)) is APPLIED
@@ -162,7 +167,7 @@ async def test_a_handoff_runs_its_course_and_leaves_nothing(store: ReadableOwner
 @pytest.mark.parametrize("before", list(HandoffState))
 @pytest.mark.parametrize("after", list(HandoffState))
 async def test_every_pair_of_states_obeys_the_table(
-    store: ReadableOwnership | MemoryOwnership, before: HandoffState, after: HandoffState
+    store: RedisOwnership | MemoryOwnership, before: HandoffState, after: HandoffState
 ) -> None:
     paths = {RESERVED: [], FILLING: [FILLING], CLAIMED: [FILLING, CLAIMED]}
     if before not in paths:
@@ -177,7 +182,7 @@ async def test_every_pair_of_states_obeys_the_table(
     assert await store.advance_handoff(step(before, after)) is expected
 
 
-async def test_a_step_from_a_state_the_record_has_left_is_refused(store: ReadableOwnership | MemoryOwnership) -> None:
+async def test_a_step_from_a_state_the_record_has_left_is_refused(store: RedisOwnership | MemoryOwnership) -> None:
     await store.begin_handoff(HANDOFF, 60)
     await store.advance_handoff(step(RESERVED, FILLING))
     await store.advance_handoff(step(FILLING, CLAIMED))
@@ -186,7 +191,7 @@ async def test_a_step_from_a_state_the_record_has_left_is_refused(store: Readabl
     assert await store.find_handoff(HANDOFF.transfer_id) == replace(HANDOFF, state=CLAIMED)
 
 
-async def test_attempts_fence_and_a_rearm_raises_them(store: ReadableOwnership | MemoryOwnership) -> None:
+async def test_attempts_fence_and_a_rearm_raises_them(store: RedisOwnership | MemoryOwnership) -> None:
     await store.begin_handoff(HANDOFF, 60)
     assert await store.advance_handoff(step(RESERVED, FILLING)) is APPLIED
     assert await store.advance_handoff(step(FILLING, FILLING, attempt=2, prefill=D2)) is APPLIED
@@ -195,7 +200,7 @@ async def test_attempts_fence_and_a_rearm_raises_them(store: ReadableOwnership |
     assert await store.find_handoff(HANDOFF.transfer_id) == replace(HANDOFF, prefill=D2, attempt=2, state=CLAIMED)
 
 
-async def test_beginning_and_stepping_twice_is_one(store: ReadableOwnership | MemoryOwnership) -> None:
+async def test_beginning_and_stepping_twice_is_one(store: RedisOwnership | MemoryOwnership) -> None:
     for _ in range(2):
         assert await store.begin_handoff(HANDOFF, 60) is APPLIED
     for _ in range(2):
@@ -207,7 +212,7 @@ async def test_beginning_and_stepping_twice_is_one(store: ReadableOwnership | Me
 @pytest.mark.parametrize("known", [None, RESERVED, FILLING, CLAIMED])
 @pytest.mark.parametrize("said", [RESERVED, FILLING, CLAIMED])
 async def test_an_owner_asserts_its_handoff_again_whatever_the_store_has_made_of_it(
-    store: ReadableOwnership | MemoryOwnership, known: HandoffState | None, said: HandoffState
+    store: RedisOwnership | MemoryOwnership, known: HandoffState | None, said: HandoffState
 ) -> None:
     if known is not None:
         await store.begin_handoff(replace(HANDOFF, state=known, prefill=P1), 60)
@@ -219,7 +224,7 @@ async def test_an_owner_asserts_its_handoff_again_whatever_the_store_has_made_of
     assert await store.find_handoff(HANDOFF.transfer_id) == record
 
 
-async def test_a_handoff_ends_with_its_time_and_a_step_renews_it(store: ReadableOwnership | MemoryOwnership) -> None:
+async def test_a_handoff_ends_with_its_time_and_a_step_renews_it(store: RedisOwnership | MemoryOwnership) -> None:
     await store.begin_handoff(HANDOFF, 0.3)
     await asyncio.sleep(0.2)
     await store.advance_handoff(step(RESERVED, FILLING))
@@ -232,7 +237,7 @@ async def test_a_handoff_ends_with_its_time_and_a_step_renews_it(store: Readable
     await until(gone)
 
 
-async def test_a_stream_hint_belongs_to_its_last_holder(store: ReadableOwnership | MemoryOwnership) -> None:
+async def test_a_stream_hint_belongs_to_its_last_holder(store: RedisOwnership | MemoryOwnership) -> None:
     await store.streams.put("request", D1, 60)
     await store.streams.put("request", D2, 60)
     assert not await store.streams.drop("request", D1)
@@ -242,7 +247,7 @@ async def test_a_stream_hint_belongs_to_its_last_holder(store: ReadableOwnership
 
 
 async def test_values_that_make_no_sense_are_skipped_and_counted(
-    store: ReadableOwnership | MemoryOwnership, plant: Callable[[str, str, bytes], None]
+    store: RedisOwnership | MemoryOwnership, plant: Callable[[str, str, bytes], None]
 ) -> None:
     good = json.loads(encode_worker(WORKER))
     hostile = [
@@ -272,7 +277,52 @@ async def test_values_that_make_no_sense_are_skipped_and_counted(
     assert store.counters == {"bad_record.worker": len(hostile), "bad_record.blocks": 1}
 
 
-async def test_only_the_four_kinds_of_key_exist_and_all_expire(redis_store: ReadableOwnership, redis_url: str) -> None:
+STORED_HANDOFF = encode_handoff(replace(HANDOFF, prefill=P1, attempt=2, state=FILLING)) | {b"ttl_ms": b"60000"}
+# What it holds; what a step of attempt 2 is answered; what its owner is answered that says it again.
+HOSTILE_HANDOFFS: dict[str, tuple[dict[bytes, bytes], TransitionResult, TransitionResult]] = {
+    "no state": ({name: value for name, value in STORED_HANDOFF.items() if name != b"state"}, UNKNOWN, APPLIED),
+    "no attempt": ({name: value for name, value in STORED_HANDOFF.items() if name != b"attempt"}, REFUSED, APPLIED),
+    "a state of no version": (STORED_HANDOFF | {b"state": b"LENT"}, REFUSED, APPLIED),
+    "an attempt that is no number": (STORED_HANDOFF | {b"attempt": b"many"}, REFUSED, APPLIED),
+    "an attempt of other digits": (STORED_HANDOFF | {b"attempt": "２".encode()}, REFUSED, APPLIED),
+    "an attempt beyond 32 bits": (STORED_HANDOFF | {b"attempt": b"4294967296"}, REFUSED, REFUSED),
+    "an endless attempt": (STORED_HANDOFF | {b"attempt": b"9" * 10_000}, REFUSED, REFUSED),
+    "a negative attempt": (STORED_HANDOFF | {b"attempt": b"-1"}, APPLIED, APPLIED),
+    "a decode worker that is none": (STORED_HANDOFF | {b"decode": b"decode-0"}, APPLIED, REFUSED),
+    "a prefill worker that is none": (STORED_HANDOFF | {b"prefill": b"\x1b[2J"}, APPLIED, APPLIED),
+    "no text": (STORED_HANDOFF | {b"request_id": b"\xff\xfe"}, APPLIED, APPLIED),
+    "too long": (STORED_HANDOFF | {b"request_id": b"x" * 100_000}, APPLIED, APPLIED),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_HANDOFFS)
+async def test_a_handoff_that_makes_no_sense_is_not_found_and_counted(
+    store: RedisOwnership | MemoryOwnership,
+    plant: Callable[[str, str, bytes | dict[bytes, bytes]], None],
+    kind: str,
+) -> None:
+    held, stepped, said_again = HOSTILE_HANDOFFS[kind]
+    plant("handoff", HANDOFF.transfer_id, held)
+    assert await store.find_handoff(HANDOFF.transfer_id) is None
+    assert store.counters == {"bad_record.handoff": 1}
+    assert await store.advance_handoff(step(FILLING, CLAIMED, attempt=2)) is stepped
+    said = replace(HANDOFF, attempt=2**32 - 1)
+    assert await store.begin_handoff(said, 60) is said_again
+    if said_again is APPLIED:
+        assert await store.find_handoff(HANDOFF.transfer_id) == said
+
+
+async def test_a_handoff_is_found_with_fields_that_a_newer_version_adds(
+    store: RedisOwnership | MemoryOwnership, plant: Callable[[str, str, bytes | dict[bytes, bytes]], None]
+) -> None:
+    plant("handoff", HANDOFF.transfer_id, STORED_HANDOFF | {b"colour": b"blue"})
+    assert await store.find_handoff(HANDOFF.transfer_id) == replace(HANDOFF, prefill=P1, attempt=2, state=FILLING)
+    plant("stream", "request", b"\xff\xfe")
+    assert await store.streams.find("request") is None
+    assert store.counters == {"bad_record.stream": 1}
+
+
+async def test_only_the_four_kinds_of_key_exist_and_all_expire(redis_store: RedisOwnership, redis_url: str) -> None:
     store = redis_store
     await store.put_worker(WORKER, 60)
     await store.blocks.publish(D1, BlockSnapshot(1, ()), 60)
@@ -285,9 +335,7 @@ async def test_only_the_four_kinds_of_key_exist_and_all_expire(redis_store: Read
         assert all(0 < client.pttl(key) <= 60_000 for key in keys)
 
 
-async def test_garbage_under_a_handoff_key_is_refused_not_followed(
-    redis_store: ReadableOwnership, redis_url: str
-) -> None:
+async def test_garbage_under_a_handoff_key_is_refused_not_followed(redis_store: RedisOwnership, redis_url: str) -> None:
     store = redis_store
     with redis.Redis.from_url(redis_url) as client:
         client.hset(f"handoff:{HANDOFF.transfer_id}", mapping={"state": "FILLING", "attempt": "many"})
@@ -301,7 +349,7 @@ async def test_garbage_under_a_handoff_key_is_refused_not_followed(
     assert (store.counters["bad_record.handoff"], store.counters["bad_record.stream"]) == (2, 1)
 
 
-async def test_cancelled_callers_never_get_one_another_s_answers(redis_store: ReadableOwnership) -> None:
+async def test_cancelled_callers_never_get_one_another_s_answers(redis_store: RedisOwnership) -> None:
     store = redis_store
     names = [f"{number:032x}" for number in range(40)]
     for name in names:

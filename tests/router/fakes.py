@@ -385,7 +385,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
 class Cluster:
     """A router and its workers in one loop."""
 
-    store: MemoryOwnership = field(default_factory=MemoryOwnership)
+    store: MemoryOwnership = field(default_factory=lambda: MemoryOwnership(SystemClock()))
     decode: list[FakeDecode] = field(default_factory=list)
     prefill: list[FakePrefill] = field(default_factory=list)
     servers: dict[str, grpc.aio.Server] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from isthmus.clock import SystemClock
 from isthmus.errors import InvalidRequest, IsthmusError
 from kv_transfer.ownership.memory import MemoryOwnership
 from kv_transfer.ownership.store import StoreUnavailable, WorkerRecord
@@ -24,7 +25,7 @@ class BreakableStore(MemoryOwnership):
 
 @pytest.fixture
 async def cluster() -> AsyncIterator[Cluster]:
-    made = Cluster(store=BreakableStore())
+    made = Cluster(store=BreakableStore(SystemClock()))
     await made.add_decode()
     await made.add_prefill()
     yield made

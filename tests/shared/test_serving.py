@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
 import grpc
@@ -17,9 +17,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from isthmus.config import RouterConfig, load
 from isthmus.errors import CannotStart
-from isthmus.ledger import Ledger
+from isthmus.ledger import Ledger, LedgerEvent
 from isthmus.metrics import Metrics
-from isthmus.process.admin import Identity, ServiceHooks
+from isthmus.process.admin import NOT_STORED, STORED_EVENT, Identity, ReadStoredHandoffs, ServiceHooks
 from isthmus.process.health import HealthState, ProgressWatch
 from isthmus.process.rpc import channel
 from isthmus.process.serving import Face, Stop, exit_status, serve_until_signal
@@ -38,6 +38,7 @@ class Running:
         self.metrics, self.ledger = Metrics(), Ledger()
         self.drains: list[float] = []
         self.left = 0
+        self.stored_handoffs: ReadStoredHandoffs | None = None
         self.entered = asyncio.Event()
         self.closed = False
         self.stop: Stop | None = None
@@ -55,7 +56,8 @@ class Running:
         self.closed = True
 
     def face(self) -> Face:
-        hooks = ServiceHooks(lambda: admin_pb2.GetStatusResponse(num_streams=3), self.drain, self.ledger, self.metrics)
+        status = admin_pb2.GetStatusResponse(num_streams=3)
+        hooks = ServiceHooks(lambda: status, self.drain, self.ledger, self.metrics, self.stored_handoffs)
         service = inference_pb2_grpc.InferenceServiceServicer()
         register = partial(inference_pb2_grpc.add_InferenceServiceServicer_to_server, service)
         return Face(self.config, self.identity, self.health, hooks, SERVICE, register)
@@ -166,6 +168,29 @@ async def test_ledger_is_read_by_request():
         stub = admin_pb2_grpc.AdminServiceStub(opened)
         answer = await stub.Ledger(admin_pb2.LedgerRequest(request_id="a"), timeout=2)
     assert [(event.request_id, event.attempt, event.fields["blocks"]) for event in answer.events] == [("a", 1, "4")]
+
+
+async def test_what_the_store_holds_of_a_request_s_transfers_follows_its_ledger():
+    running = Running()
+    asked: list[tuple[str, list[str]]] = []
+
+    async def stored(request_id: str, transfer_ids: Sequence[str]) -> list[LedgerEvent]:
+        asked.append((request_id, list(transfer_ids)))
+        return [LedgerEvent(0, 0, STORED_EVENT, request_id, name, cause=NOT_STORED) for name in transfer_ids]
+
+    running.stored_handoffs = stored
+    for number in range(40):
+        running.ledger.record("stream.reserved", request_id="a", transfer_id=f"t{number}")
+    running.ledger.record("stream.reserved", request_id="b", transfer_id="another")
+    async with serving(running) as opened:
+        stub = admin_pb2_grpc.AdminServiceStub(opened)
+        answers = [await stub.Ledger(admin_pb2.LedgerRequest(request_id=name), timeout=2) for name in ("a", "t1", "")]
+    newest = [f"t{number}" for number in range(8, 40)]
+    assert asked == [("a", newest)], "not for a transfer, and not for all requests"
+    assert [len(answer.events) for answer in answers] == [40 + 32, 1, 41]
+    assert [(event.event, event.transfer_id) for event in answers[0].events][40:] == [
+        (STORED_EVENT, name) for name in newest
+    ]
 
 
 async def test_signal_drains_then_closes_the_work():
