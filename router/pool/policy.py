@@ -1,6 +1,6 @@
-"""Where a request goes: pure scoring over what the pool knows. No I/O, no clock, no state."""
+"""Where a request goes: pure scoring over what the pool knows, and a memory of which worker had which prefix."""
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ NO_NEW_WORK_S = 1.0  # without progress for this long: gets nothing new
 LOST_S = 3.0  # without progress for this long: its requests go elsewhere
 # Twice a prefill worker's default tile budget: it stays busy, and what waits, waits here, where order still changes.
 MAX_TOKENS_AHEAD = 512
+STRIDE_TOKENS = 64  # prefixes are remembered at multiples of the tile
+MAX_PREFIXES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +96,29 @@ def choose_prefill(
         default=None,
     )
     return best.incarnation if best else None
+
+
+class PrefixAffinity:
+    """Which workers last had which prompt prefix, as far as this router remembers: a hint, never a promise.
+
+    At most `max_prefixes` prefixes; the least recently used go first.
+    """
+
+    def __init__(self, max_prefixes: int = MAX_PREFIXES):
+        self._max_prefixes = max_prefixes
+        self._workers: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
+
+    def remember(self, prefixes: Sequence[bytes], incarnations: tuple[str, ...]) -> None:
+        """The prefill and the decode worker of one request."""
+        for prefix in prefixes:
+            self._workers[prefix] = incarnations
+            self._workers.move_to_end(prefix)
+        while len(self._workers) > self._max_prefixes:
+            self._workers.popitem(last=False)
+
+    def num_prefix_tokens(self, prefixes: Sequence[bytes], incarnation: str) -> int:
+        """Length of the longest remembered prefix that `incarnation` had."""
+        for index in range(len(prefixes), 0, -1):
+            if incarnation in self._workers.get(prefixes[index - 1], ()):
+                return index * STRIDE_TOKENS
+        return 0
