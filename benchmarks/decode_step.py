@@ -25,12 +25,12 @@ from benchmarks.inexact import plan_for, without_exactness
 from benchmarks.random_model import dry_config, published_config, random_model
 from benchmarks.roofline import Sizes
 from isthmus.checkpoint.model_config import ModelConfig
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.engine.runner import LATENT_PLANE, DecodeRow
 from isthmus.engine.triton_runner import TritonRunner
+from isthmus.kv.planes import LATENT, kv_layout
 from isthmus.model import Model, triton_layers
 from isthmus.model.triton_model import TritonModel
+from isthmus.steps import DecodeRow
 from kernels.mla_schedule import DecodeScratch
 from tools.checkpoints.published import PUBLISHED
 
@@ -48,7 +48,7 @@ class Cell(NamedTuple):
 def open_model_cache(config: ModelConfig, num_blocks: int, device: torch.device) -> tuple[Model, LatentCache]:
     """Random weights, and a cache of random latents."""
     cache = LatentCache(kv_layout(config, "", dtype="bf16", block_size=BLOCK), num_blocks, device)
-    for rows in cache.layers[LATENT_PLANE]:
+    for rows in cache.layers[LATENT]:
         for part in rows.split(4096):
             part.normal_()
     return random_model(config, device), cache
@@ -110,7 +110,7 @@ def inexact_step(runner: TritonRunner, cell: Cell, timer: Timer) -> Call:
     plan = plan_for(config.num_heads, cell.batch, cell.context, programs)
     shape = (bucket, config.num_heads, config.kv_lora_rank, config.context_length)
     scratch = DecodeScratch.allocate(*shape, timer.device, plan=plan)
-    model, caches = TritonModel(runner.model), runner.cache.layers[LATENT_PLANE]
+    model, caches = TritonModel(runner.model), runner.cache.layers[LATENT]
     return lambda _: model.decode(replace(runner.buffers.inputs(bucket), scratch=scratch), caches)
 
 

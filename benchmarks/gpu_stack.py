@@ -26,7 +26,7 @@ from benchmarks.gpu_timing import Report, Timer, open_timer, parser
 from benchmarks.machine import quantile
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.engine import Engine
-from isthmus.engine.runner import DecodeRow, PrefillChunk
+from isthmus.steps import DecodeRow, PrefillChunk
 from isthmus.testing.stack import Client, Result, Stack, ledger, request, running_stack
 from tools.checkpoints import Recipe, write_checkpoint
 

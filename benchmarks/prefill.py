@@ -15,8 +15,8 @@ from benchmarks.decode_step import BLOCK, MODEL, open_model_cache
 from benchmarks.gpu_timing import Report, Timer, measure_ceilings, open_timer, parser
 from benchmarks.random_model import dry_config, published_config
 from benchmarks.roofline import Sizes
-from isthmus.engine.runner import PrefillChunk
 from isthmus.engine.triton_runner import TritonRunner
+from isthmus.steps import PrefillChunk
 
 CHUNK = 2048
 GOAL = (0.35, 0.50)  # of the ceiling at 4k: floor, moonshot

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from benchmarks.machine import describe, quantile
 from isthmus.checkpoint.directory import Checkpoint, resolve_model
 from isthmus.engine.engine import Engine
-from isthmus.engine.runner import DecodeRow, PrefillChunk
 from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
+from isthmus.steps import DecodeRow, PrefillChunk
 from isthmus.types import Extent, Token, TransferTarget
 from isthmus.worker.engine_start import transfer_memory
 from kv_transfer.events import ClaimedTransfer, FailedTransfer, TransferEvents

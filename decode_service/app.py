@@ -15,10 +15,11 @@ from decode_service.stream import Emission
 from decode_service.streams import MAX_STREAMS, Streams
 from decode_service.worker import StepLoop
 from isthmus.config import DecodeConfig
-from isthmus.engine.engine import Engine, StepLimits
+from isthmus.engine.engine import Engine
 from isthmus.process.admin import ServiceHooks
 from isthmus.process.serving import Face, Stop, serve_until_signal
 from isthmus.process.worker_context import WorkerContext
+from isthmus.steps import StepLimits
 from isthmus.v1 import admin_pb2, decode_pb2_grpc
 from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
 from kv_transfer.counters import Counters

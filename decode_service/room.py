@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from isthmus.engine.engine import Engine
 from isthmus.errors import InvalidRequest, NoFreeBlocks, StaleOwner
 from isthmus.types import Extent, Request
+from isthmus.worker.engine_port import DecodeEngine
 from kv_transfer.coverage import extents
 
 
@@ -17,27 +17,27 @@ class Room(NamedTuple):
     missing: tuple[Extent, ...]  # what may be written
 
 
-def check_request(engine: Engine, request: Request) -> None:
+def check_request(engine: DecodeEngine, request: Request) -> None:
     """Raises InvalidRequest or StaleOwner for a request that this worker could never run."""
     prompt, emitted = request.prompt_token_ids, request.emitted_token_ids
     num_positions = len(prompt) + request.sampling.max_tokens
     if not prompt or num_positions > engine.context_length:
         allowed = f"1 to {engine.context_length} positions with max_tokens"
         raise InvalidRequest.of("prompt_token_ids", f"{num_positions} positions", allowed)
-    if len(emitted) >= request.sampling.max_tokens or max(emitted, default=0) >= engine.model_config.vocab_size:
-        allowed = f"fewer than max_tokens, ids below {engine.model_config.vocab_size}"
+    if len(emitted) >= request.sampling.max_tokens or max(emitted, default=0) >= engine.vocab_size:
+        allowed = f"fewer than max_tokens, ids below {engine.vocab_size}"
         raise InvalidRequest.of("emitted_token_ids", f"{len(emitted)} tokens", allowed)
-    if request.numerics_digest and request.numerics_digest != engine.numerics.digest:
+    if request.numerics_digest and request.numerics_digest != engine.numerics_digest:
         raise StaleOwner("the request belongs to another numerics class")
 
 
-def take_room(engine: Engine, request: Request, *, moves: bool) -> Room:
+def take_room(engine: DecodeEngine, request: Request, *, moves: bool) -> Room:
     """For prompt and max_tokens; of a stream that moves here every block at once. Raises NoFreeBlocks."""
     prompt, pool, layout = request.prompt_token_ids, engine.pool, engine.layout
     num_positions = len(prompt) + request.sampling.max_tokens - 1  # the last token is not stored
     num_written = num_positions if moves else len(prompt)
     num_all_blocks, num_blocks = layout.num_blocks(num_positions), layout.num_blocks(num_written)
-    cached = engine.match_prompt(prompt)
+    cached = engine.match_prompt(prompt, request.tenant)
     try:
         pool.set_aside(num_all_blocks - len(cached))
     except NoFreeBlocks:

@@ -85,7 +85,7 @@ class DecodeServer(decode_pb2_grpc.DecodeServiceServicer):
         hello = decode_pb2.DecodeHello(
             incarnation=self._identity.incarnation,
             layout=convert.layout_to_proto(self._streams.engine.layout),
-            numerics_digest=self._streams.engine.numerics.digest,
+            numerics_digest=self._streams.engine.numerics_digest,
         )
         next_index = {cursor.request_id: cursor.next_index for cursor in first.hello.streams}
         self._attachments.open(session, next_index, hello)

@@ -16,11 +16,10 @@ from typing import NamedTuple, Protocol
 
 from google.protobuf.message import Message
 
-from isthmus.engine.decoding import FromPrevious, StepRow
-from isthmus.engine.sampler import SamplingInput
 from isthmus.errors import DataLoss
 from isthmus.kv.block_pool import BlockPool
 from isthmus.ledger import Ledger
+from isthmus.steps import FromPrevious, SamplingInput, StepRow
 from isthmus.text.finish import finish_reason
 from isthmus.types import Extent, FinishReason, Request, Token
 from kv_transfer.outgoing import OutgoingTransfer

@@ -13,11 +13,11 @@ from decode_service.session import NOBODY, RouterSession
 from decode_service.stream import AttachKey, Emission, Ended, Phase, Stream
 from decode_service.tombstones import Tombstones
 from decode_service.worker import StepLoop
-from isthmus.engine.engine import Engine
 from isthmus.errors import DataLoss, Draining, IsthmusError, Overloaded, RequestCancelled, StaleOwner
 from isthmus.ids import SystemIds
 from isthmus.process.worker_context import WorkerContext
 from isthmus.types import FinishReason, Request, Token
+from isthmus.worker.engine_port import DecodeEngine
 from kv_transfer.counters import Counters
 from kv_transfer.coverage import clipped
 from kv_transfer.events import ClaimedTransfer, FailedTransfer
@@ -42,7 +42,7 @@ class Terms:
 class Streams:
     """Event loop only. Blocks are set aside here, written by the receiver, then owned by the step loop."""
 
-    engine: Engine
+    engine: DecodeEngine
     receiver: Receiver
     step_loop: StepLoop
     context: WorkerContext
@@ -110,7 +110,8 @@ class Streams:
         stream = self._by_transfer.pop(claim.transfer_id, None)
         if stream is None or stream.phase is not Phase.FILLING:
             return
-        self.engine.publish_prompt(stream.request.prompt_token_ids, stream.block_table)
+        request = stream.request
+        self.engine.publish_prompt(request.prompt_token_ids, stream.block_table, request.tenant)
         stream.phase = Phase.RUNNING
         ended = None
         for token in claim.tokens:

@@ -15,13 +15,13 @@ from itertools import accumulate, islice, repeat
 
 from decode_service.scheduler import NOTHING, Scheduler, Turn
 from decode_service.stream import Emission, Ended, Phase, Stream, UnderWay
-from isthmus.engine.decoding import Done, FromPrevious, PendingStep, needs_its_tokens
-from isthmus.engine.engine import Engine
 from isthmus.errors import NonFiniteLogits
 from isthmus.log import get_logger
 from isthmus.process.worker_context import WorkerContext
+from isthmus.steps import FinishedStep, FromPrevious, PendingStep, needs_its_tokens
 from isthmus.text.finish import is_full
 from isthmus.types import FinishReason, Token
+from isthmus.worker.engine_port import DecodeEngine
 
 IDLE_WAIT_S = 0.2
 log = get_logger("decode.worker")
@@ -46,7 +46,9 @@ class StepLoop:
     `on_crash`: it will do nothing more.
     """
 
-    def __init__(self, engine: Engine, max_batch: int, context: WorkerContext, on_step: OnStep, on_crash: OnCrash):
+    def __init__(
+        self, engine: DecodeEngine, max_batch: int, context: WorkerContext, on_step: OnStep, on_crash: OnCrash
+    ):
         self._engine = engine
         self._scheduler = Scheduler(max_batch, self._note_run)
         self._on_step = on_step
@@ -149,9 +151,9 @@ class StepLoop:
         decoder = self._engine.decoder
         may_be_followed = decoder.runs_ahead and not any(needs_its_tokens(s.request.sampling) for s, _ in batch)
         try:
-            pending = decoder.submit(rows, sampling, lambda _: self._context.progress.layer_done())
+            pending = decoder.submit(rows, sampling, lambda *_: self._context.progress.layer_done())
         except Exception as error:  # noqa: BLE001 - its results raise it, after those of the step before
-            pending, may_be_followed = Done(error), False
+            pending, may_be_followed = FinishedStep(error), False
         return _Step(batch, pending, may_be_followed, _under_way(batch))
 
     def _is_over(self, turn: Turn) -> bool:

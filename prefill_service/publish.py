@@ -1,4 +1,4 @@
-"""Publishing: each layer's latent rows leave for decode while the next layer computes."""
+"""Publishing: the rows of each plane and layer leave for decode while the next layer computes."""
 
 from collections.abc import Sequence as Ordered
 
@@ -11,8 +11,8 @@ class Abandoned(Exception):
     """Most rows of the step are of cancelled prompts, or of ones out of time: the pass stops between two layers."""
 
 
-def publish_layer(chunks: Ordered[Chunk], layout: KvLayout, context: WorkerContext, layer: int) -> None:
-    """`on_layer` of one step's pass: hands finished rows to the transfers, and checks for cancellation.
+def publish_rows(chunks: Ordered[Chunk], layout: KvLayout, context: WorkerContext, plane_name: str, layer: int) -> None:
+    """`on_stored` of one step: hands the rows of this plane and layer to the transfers, and checks for cancellation.
 
     With less than half of the rows wanted, computing the others again in a step of their own is cheaper. Their bits
     will be the same; a transfer sends no row twice.
@@ -23,9 +23,11 @@ def publish_layer(chunks: Ordered[Chunk], layout: KvLayout, context: WorkerConte
     live = [chunk for chunk in chunks if not chunk.sequence.must_stop(now)]
     if 2 * num_rows(live) < num_rows(chunks):
         raise Abandoned
+    plane = next(index for index, plane in enumerate(layout.planes) if plane.name == plane_name)
+    is_last = plane == 0 and layer == layout.planes[plane].num_layers - 1
     for sequence, start, num_tokens in live:
-        send_rows(sequence, layout, layer, start, num_tokens)
-        if layer == num_layers(layout) - 1 and start == sequence.num_cached_tokens:
+        send_rows(sequence, plane, layer, start, num_tokens)
+        if is_last and start == sequence.num_cached_tokens:
             context.ledger.record("prefill.first_chunk_stored", request_id=sequence.request.request_id)
 
 
@@ -33,20 +35,13 @@ def num_rows(chunks: Ordered[Chunk]) -> int:
     return sum(chunk.num_tokens for chunk in chunks)
 
 
-def num_layers(layout: KvLayout) -> int:
-    return max(plane.num_layers for plane in layout.planes)
-
-
-def send_rows(sequence: Sequence, layout: KvLayout, layer: int, start: int, num_tokens: int) -> None:
-    """Offers rows of every plane that has this layer; what decode already holds is skipped by the transfer."""
-    if sequence.transfer is None or num_tokens == 0:
-        return
-    for index, plane in enumerate(layout.planes):
-        if layer < plane.num_layers:
-            sequence.transfer.rows_ready(index, layer, start, num_tokens)
+def send_rows(sequence: Sequence, plane: int, layer: int, start: int, num_tokens: int) -> None:
+    """Offers rows of one plane and layer; what decode already holds is skipped by the transfer."""
+    if sequence.transfer is not None and num_tokens > 0:
+        sequence.transfer.rows_ready(plane, layer, start, num_tokens)
 
 
 def send_cached_prefix(sequence: Sequence, layout: KvLayout) -> None:
     """A prefix found in this worker's cache is sent as it lies, before anything is computed."""
-    for layer in range(num_layers(layout)):
-        send_rows(sequence, layout, layer, 0, sequence.num_cached_tokens)
+    for plane, layer in layout.places:
+        send_rows(sequence, plane, layer, 0, sequence.num_cached_tokens)

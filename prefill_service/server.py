@@ -7,11 +7,11 @@ import grpc.aio
 
 from isthmus.clock import Clock
 from isthmus.convert import request_from_proto, target_from_proto
-from isthmus.engine.engine import Engine
 from isthmus.errors import Draining, InvalidRequest, IsthmusError, LayoutMismatch, StaleOwner, WorkersUnavailable
 from isthmus.process.serving import until_none_left
 from isthmus.types import Request, TransferTarget
 from isthmus.v1 import prefill_pb2, prefill_pb2_grpc
+from isthmus.worker.engine_port import PrefillEngine
 from prefill_service.sequence import Event, Sequence
 from prefill_service.worker import PrefillLoop
 
@@ -24,11 +24,11 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
     def __init__(self, clock: Clock):
         self._clock = clock
         self._prefill_loop: PrefillLoop | None = None
-        self._engine: Engine | None = None
+        self._engine: PrefillEngine | None = None
         self.num_calls = 0
         self._is_draining = False
 
-    def open(self, prefill_loop: PrefillLoop, engine: Engine) -> None:
+    def open(self, prefill_loop: PrefillLoop, engine: PrefillEngine) -> None:
         self._prefill_loop, self._engine = prefill_loop, engine
 
     async def Prefill(  # noqa: N802 - the proto's name
@@ -87,7 +87,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServiceServicer):
             raise InvalidRequest.of(
                 "prompt_token_ids", f"{num_prompt_tokens} tokens", f"1 to {engine.context_length - 1}"
             )
-        if request.numerics_digest and request.numerics_digest != engine.numerics.digest:
+        if request.numerics_digest and request.numerics_digest != engine.numerics_digest:
             raise StaleOwner("the request belongs to another numerics class")
         if target is not None and target.layout_fingerprint != engine.layout.fingerprint:
             raise LayoutMismatch("the decode worker's cache layout differs from this worker's")

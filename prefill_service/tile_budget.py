@@ -5,8 +5,8 @@ import time
 from contextlib import suppress
 from itertools import pairwise
 
-from isthmus.engine.engine import Engine, StepLimits
-from isthmus.engine.runner import TILE, PrefillChunk
+from isthmus.engine.engine import Engine
+from isthmus.steps import TILE, PrefillChunk, StepLimits
 
 MAX_LAYER_MS = 100.0
 MAX_TILES = 4
@@ -42,10 +42,10 @@ def measure_tile_budget(engine: Engine) -> int:
 def _layer_ms(engine: Engine, num_tokens: int) -> float:
     end = min(engine.context_length, _MAX_POSITION)
     start = max(0, end - num_tokens)
-    token_ids = [7919 * position % engine.model_config.vocab_size for position in range(start, end)]
+    token_ids = [7919 * position % engine.vocab_size for position in range(start, end)]
     layer_ends: list[float] = []
 
-    def on_layer(layer: int) -> None:
+    def on_stored(_plane: str, layer: int) -> None:
         layer_ends.append(1000 * time.monotonic())
         if layer >= 2 and layer_ends[-1] - layer_ends[0] > _MEASURE_MS:
             raise _TimedEnough
@@ -53,7 +53,7 @@ def _layer_ms(engine: Engine, num_tokens: int) -> float:
     blocks = engine.pool.allocate(engine.layout.num_blocks(end))
     try:
         with suppress(_TimedEnough):
-            engine.runner.prefill([PrefillChunk(token_ids, start, blocks, needs_logits=False)], on_layer)
+            engine.runner.prefill([PrefillChunk(token_ids, start, blocks, needs_logits=False)], on_stored)
             layer_ends.append(1000 * time.monotonic())
     finally:
         engine.pool.release(blocks)

@@ -4,22 +4,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-
-from torch import Tensor
+from functools import partial
 
 from isthmus.convert import finish_reason_to_proto, token_to_proto
-from isthmus.engine.engine import Engine
-from isthmus.engine.runner import TILE, PrefillChunk
-from isthmus.engine.sampler import SamplingInput, sample
 from isthmus.errors import DeadlinePassed, IsthmusError, NoFreeBlocks, NonFiniteLogits, Overloaded, RequestCancelled
 from isthmus.log import get_logger
 from isthmus.process.worker_context import WorkerContext
+from isthmus.steps import TILE, PrefillChunk, SamplingInput, StepResult
 from isthmus.text.finish import finish_reason
-from isthmus.types import Token
 from isthmus.v1 import prefill_pb2
+from isthmus.worker.engine_port import PrefillEngine
 from kv_transfer.outgoing import TransferOutcome
 from kv_transfer.sender import Sender
-from prefill_service.publish import Abandoned, publish_layer, send_cached_prefix
+from prefill_service.publish import Abandoned, publish_rows, send_cached_prefix
 from prefill_service.scheduler import plan
 from prefill_service.sequence import Chunk, Sequence
 
@@ -36,7 +33,7 @@ class PrefillLoop:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: PrefillEngine,
         sender: Sender,
         context: WorkerContext,
         tile_budget: int,
@@ -130,7 +127,7 @@ class PrefillLoop:
     def _take_blocks(self, sequence: Sequence) -> None:
         """At least the last prompt token is computed: its logits give token 0."""
         pool, prompt = self._engine.pool, sequence.request.prompt_token_ids
-        cached = self._engine.match_prompt(prompt[:-1])
+        cached = self._engine.match_prompt(prompt[:-1], sequence.request.tenant)
         try:
             fresh = pool.allocate(self._engine.layout.num_blocks(len(prompt)) - len(cached))
         except NoFreeBlocks:
@@ -161,10 +158,8 @@ class PrefillLoop:
     def _step(self, chunks: list[Chunk]) -> None:
         try:
             self._context.failpoints.hit("prefill.step")
-            logits = self._compute(chunks)
             ended = [chunk.sequence for chunk in chunks if chunk.ends_prompt]
-            results = sample(logits, [SamplingInput(sequence.request, ()) for sequence in ended])
-            for sequence, result in zip(ended, results, strict=True):
+            for sequence, result in zip(ended, self._compute(chunks), strict=True):
                 self._finish(sequence, result)
         except Abandoned:
             return  # the next turn of the loop ends those that stopped; the others are computed again
@@ -174,8 +169,8 @@ class PrefillLoop:
             for sequence in [chunk.sequence for chunk in chunks if chunk.sequence in self._running]:
                 self._end(sequence, IsthmusError(f"prefill step failed: {type(error).__name__}"))
 
-    def _compute(self, chunks: list[Chunk]) -> Tensor:
-        """Logits of the prompts that end in this step. Raises Abandoned."""
+    def _compute(self, chunks: list[Chunk]) -> list[StepResult]:
+        """Token 0 of the prompts that end in this step. Raises Abandoned."""
         begin_ns = time.monotonic_ns()
         for sequence in [chunk.sequence for chunk in chunks if not chunk.sequence.first_tile_ns]:
             sequence.first_tile_ns = begin_ns
@@ -184,16 +179,13 @@ class PrefillLoop:
             PrefillChunk(chunk.token_ids, chunk.start, chunk.sequence.block_table, needs_logits=chunk.ends_prompt)
             for chunk in chunks
         ]
-
-        def on_layer(layer: int) -> None:
-            self._engine.cache.stored.note(layer)
-            publish_layer(chunks, self._engine.layout, self._context, layer)
-
-        logits = self._engine.runner.prefill(inputs, on_layer=on_layer)
+        sampling = [SamplingInput(chunk.sequence.request, ()) for chunk in chunks if chunk.ends_prompt]
+        on_stored = partial(publish_rows, chunks, self._engine.layout, self._context)
+        results = self._engine.compute(inputs, sampling, on_stored)
         end_ns = time.monotonic_ns()
         for chunk in chunks:
             self._account(chunk, begin_ns, end_ns)
-        return logits
+        return results
 
     def _account(self, chunk: Chunk, begin_ns: int, end_ns: int) -> None:
         sequence, start, num_tokens = chunk
@@ -207,7 +199,7 @@ class PrefillLoop:
     def _report_progress(self, sequence: Sequence) -> None:
         sequence.emit(Response(progress=prefill_pb2.Progress(num_computed_tokens=sequence.num_computed_tokens)))
 
-    def _finish(self, sequence: Sequence, result: Token | NonFiniteLogits) -> None:
+    def _finish(self, sequence: Sequence, result: StepResult) -> None:
         """Token 0 goes straight back; decode gets the commit, or the news that it is not needed."""
         if sequence.must_stop(self._context.clock.now()):
             return  # its last rows were not sent; the next turn of the loop ends it
@@ -235,7 +227,7 @@ class PrefillLoop:
     def _publish_prompt_blocks(self, sequence: Sequence) -> None:
         """What is computed is kept, by content, for as long as nothing newer needs the room."""
         computed = sequence.request.prompt_token_ids[: sequence.num_computed_tokens]
-        self._engine.publish_prompt(computed, sequence.block_table)
+        self._engine.publish_prompt(computed, sequence.block_table, sequence.request.tenant)
 
     def _end(self, sequence: Sequence, error: IsthmusError) -> None:
         """The error is what the caller sees; the transfer's Done, if one follows, comes too late to matter."""

@@ -121,6 +121,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         action.add_argument("model", help="a directory, a hub id (org/name or org/name@revision), or 'bundled'")
     check.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and cache [fp32]")
     check.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda keeps FP8 as stored [cpu]")
+    check.add_argument("--cache-dtype", choices=["auto", "fp8"], default="auto", help="auto: as --dtype [auto]")
     check.add_argument("--memory", type=_size, metavar="SIZE", help="a worker may use, as 24GiB [this machine's]")
     check.add_argument("--block-size", type=int, choices=[16, 32, 64], default=16, help="tokens in a block [16]")
     check.add_argument("--context-length", type=int, metavar="N", help="most tokens of a request [the model's]")

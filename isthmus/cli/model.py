@@ -32,7 +32,14 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> Plan:
-    return Plan(parsed.dtype, parsed.device, parsed.block_size, parsed.memory, parsed.context_length)
+    return Plan(
+        dtype=parsed.dtype,
+        device=parsed.device,
+        block_size=parsed.block_size,
+        memory_bytes=parsed.memory,
+        context_length=parsed.context_length,
+        cache_dtype=parsed.cache_dtype,
+    )
 
 
 def _as_json(report: Report) -> dict[str, Any]:
@@ -97,7 +104,8 @@ def _serving_lines(serving: Serving) -> Iterator[tuple[str, str]]:
     fp8 = ", FP8 as stored" if serving.keeps_fp8 else ""
     yield f"in {serving.dtype}", f"{shown_bytes(serving.weight_bytes)} of weights{fp8}"
     block = f"{shown_bytes(serving.block_bytes)} a block of {serving.block_size}"
-    yield "cache", f"{shown_bytes(serving.cache_bytes_per_token)} a token, {block}"
+    rows = "" if serving.cache_dtype == serving.dtype else f", rows in {serving.cache_dtype}"
+    yield "cache", f"{shown_bytes(serving.cache_bytes_per_token)} a token, {block}{rows}"
     room = f"{serving.num_blocks:,} blocks, {serving.num_tokens:,} tokens"
     yield "room", f"{room} beside the weights of one worker in {shown_bytes(serving.memory_bytes)}"
 

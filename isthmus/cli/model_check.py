@@ -16,11 +16,13 @@ from isthmus.checkpoint.model_config import ModelConfig, parse_config, token_ids
 from isthmus.checkpoint.tensor_names import find_faults, model_shapes
 from isthmus.cli.hub_model import fetch_headers
 from isthmus.errors import CannotStart
-from isthmus.kv.layout import DTYPE_BYTES, KvLayout, Plane, PlaneKind
+from isthmus.kv.layout import DTYPE_BYTES
+from isthmus.kv.planes import CacheDtype, kv_layout, stored_as
 from isthmus.text.tokenizer import NoTokenizer, Tokenizer
 
 _FP8: Final = "F8_E4M3"
-_CANNOT_START: Final = "cannot start: model: "
+_CANNOT_START: Final = "cannot start: "
+_OF_THE_MODEL: Final = "model: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Serving:
     dtype: str
     weight_bytes: int
     keeps_fp8: bool  # what is stored as FP8 stays so
+    cache_dtype: str  # of a cached row
     cache_bytes_per_token: int
     block_size: int
     block_bytes: int
@@ -86,6 +89,7 @@ class Plan:
     block_size: int
     memory_bytes: int | None  # None: this machine's
     context_length: int | None = None  # None: the model's
+    cache_dtype: CacheDtype = "auto"
 
 
 def check_model(model: str, plan: Plan) -> Report:
@@ -107,8 +111,9 @@ def check_model(model: str, plan: Plan) -> Report:
         report.weights = _weights(tensors, () if faults else draft)
     if report.config is not None:
         report.parameters = _parameters(report.config)
-        report.serving = _serving(report.config, plan, tensors or {})
-        _check_room(report, report.serving)
+        with _reasons(report):
+            report.serving = _serving(report.config, plan, tensors or {})
+            _check_room(report, report.serving)
     return report
 
 
@@ -145,7 +150,8 @@ def _reasons(report: Report) -> Generator[None]:
     try:
         yield
     except CannotStart as error:
-        report.refuse(error.detail.removeprefix(_CANNOT_START).partition(". To mend it: ")[0])
+        problem, _, _ = error.detail.removeprefix(_CANNOT_START).partition(". To mend it: ")
+        report.refuse(problem.removeprefix(_OF_THE_MODEL))
 
 
 def _read_json(file: Path, report: Report) -> dict[str, Any]:
@@ -195,8 +201,8 @@ def _parameters(config: ModelConfig) -> Parameters:
 
 
 def _serving(config: ModelConfig, plan: Plan, tensors: Mapping[str, TensorEntry]) -> Serving:
-    plane = Plane("latent", PlaneKind.APPEND_ONLY, config.num_layers, config.latent_elements, plan.dtype)
-    layout = KvLayout("", (plane,), plan.block_size)
+    cache_dtype = stored_as(plan.dtype, plan.cache_dtype, plan.device)
+    layout = kv_layout(config, "", dtype=cache_dtype, block_size=plan.block_size)
     keeps_fp8 = plan.device == "cuda" and any(tensor.dtype == _FP8 for tensor in tensors.values())
     weight_bytes = sum(
         _fp8_bytes(name, tensors)
@@ -210,6 +216,7 @@ def _serving(config: ModelConfig, plan: Plan, tensors: Mapping[str, TensorEntry]
         dtype=plan.dtype,
         weight_bytes=weight_bytes,
         keeps_fp8=keeps_fp8,
+        cache_dtype=cache_dtype,
         cache_bytes_per_token=layout.bytes_per_token,
         block_size=plan.block_size,
         block_bytes=layout.block_bytes,

@@ -9,10 +9,11 @@ from typing import Final
 
 import torch
 
-from isthmus.engine.runner import LATENT_PLANE, DecodeRow, PrefillChunk, StepRunner
+from isthmus.engine.runner import StepRunner
 from isthmus.errors import CannotStart, NoFreeBlocks
 from isthmus.kv.block_pool import BlockPool
-from kernels.ref import TILE
+from isthmus.kv.planes import LATENT
+from isthmus.steps import TILE, DecodeRow, PrefillChunk
 
 _PROMPT_TOKENS: Final = 3 * TILE
 _REPLAYED: Final = 8
@@ -100,7 +101,7 @@ def _outcomes(runner: StepRunner, sequences: Sequence[_Sequence], *, cut: int | 
     watch(logits)
     for state, one in zip(states, sequences, strict=True):
         blocks = torch.tensor(list(one.block_table), device=runner.model.device)
-        for layer in runner.cache.layers[LATENT_PLANE]:
+        for layer in runner.cache.layers[LATENT]:
             latents = layer[blocks].flatten(0, 1)[: len(one.prompt) + done]
             state.update(latents.cpu().view(torch.uint8).numpy().tobytes())
     return [state.digest() for state in states]

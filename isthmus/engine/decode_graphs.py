@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from isthmus.engine.runner import DecodeRow
 from isthmus.kv.layout import KvLayout
 from isthmus.model.triton_layers import Rows
 from isthmus.model.triton_model import DecodeInputs, TritonModel
+from isthmus.steps import DecodeRow
 from kernels.mla_schedule import MAX_ROWS, DecodeScratch
 
 GROUP = 16  # every bucket is a multiple of it

@@ -55,10 +55,11 @@ class DeviceMemory:
         self._gather, self._scatter = gather, scatter
         self._rows = {
             (plane, layer): blocks.flatten(0, 1).view(torch.uint8)
-            for plane, layers in enumerate(cache.layers)
+            for plane, layers in enumerate(cache.layers.values())
             for layer, blocks in enumerate(layers)
         }
-        device, narrowest = cache.layers[0][0].device, min(plane.row_bytes for plane in self.layout.planes)
+        device = cache.layers[self.layout.planes[0].name][0].device
+        narrowest = min(plane.row_bytes for plane in self.layout.planes)
         self._outgoing = _Lane(device, staging_bytes, staging_bytes // narrowest)
         self._incoming = _Lane(device, staging_bytes, staging_bytes // narrowest)
         for plane in range(len(self.layout.planes)):
@@ -84,7 +85,7 @@ class DeviceMemory:
         lane = self._outgoing
         for slots, piece in self._pieces(place[0], block_table, interval, into):
             with lane.turn():
-                self._stored.wait(place[1])
+                self._stored.wait(self.layout.planes[place[0]].name, place[1])
                 packed = lane.packed[: piece.size].view(len(slots), -1)
                 self._gather(self._rows[place], lane.put(slots), packed)
                 lane.pinned[: piece.size].copy_(packed.view(-1), non_blocking=True)

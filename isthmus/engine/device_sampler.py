@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from isthmus.engine.sampler import SamplingInput, has_penalty, with_logprobs
+from isthmus.engine.sampler import with_logprobs
 from isthmus.errors import NonFiniteLogits
+from isthmus.steps import SamplingInput, StepResult, has_penalty, tokens_that_end
 from isthmus.types import Request, Token
 from kernels.sampler import MAX_VOCAB, Sampled, SamplerInputs, sample_logits
 from kernels.sampler_rows import END_FLAG, ENTRY_FIELDS, ROW_FIELDS, SEEN_FLAG
@@ -55,9 +56,8 @@ class _Parameters:
     @property
     def ends(self) -> set[int]:
         """What min_tokens forbids; nothing where every token ends, for then the minimum cannot be kept."""
-        sampling = self.request.sampling
-        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.request.eos_token_ids)}
-        return ends if sampling.min_tokens and len(ends) < self.vocab_size else set()
+        ends = tokens_that_end(self.request)
+        return ends if self.request.sampling.min_tokens and len(ends) < self.vocab_size else set()
 
     def count(self, token_ids: Sequence[int]) -> None:
         """Takes in what was emitted since the last call."""
@@ -94,14 +94,14 @@ class PendingTokens:
         if self._arrived is not None:
             self._arrived.record()
 
-    def results(self) -> list[Token | NonFiniteLogits]:
+    def results(self) -> list[StepResult]:
         """One per row; waits for the copy."""
         if self._arrived is not None:
             self._arrived.synchronize()
         token_ids, logprob_bits, finite = self._packed.numpy()
         logprobs = logprob_bits.view(np.float32).tolist()
         lists = iter(self._list_logits.numpy())
-        results: list[Token | NonFiniteLogits] = []
+        results: list[StepResult] = []
         for row, (token_id, top) in enumerate(zip(token_ids.tolist(), self._tops, strict=True)):
             logits_V = next(lists) if top else None
             if not finite[row]:
@@ -181,7 +181,7 @@ class DeviceSampler:
             list_logits = logits_BV.index_select(0, _to_device(np.array(wanted), logits_BV.device))
         return PendingTokens(_to_host(sampled.packed[:, :num_rows]), _to_host(list_logits), self._indices, self._tops)
 
-    def sample(self, logits_BV: Tensor, sequences: Sequence[SamplingInput]) -> list[Token | NonFiniteLogits]:
+    def sample(self, logits_BV: Tensor, sequences: Sequence[SamplingInput]) -> list[StepResult]:
         """As `isthmus.engine.sampler.sample`."""
         self.stage(sequences)
         return self.collect(self.launch(logits_BV), logits_BV).results()

@@ -11,29 +11,21 @@ import torch
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.checkpoint.model_config import ModelConfig
 from isthmus.engine.canary import Numerics, run_canary
-from isthmus.engine.decoding import Decoder
 from isthmus.engine.latent_cache import TORCH_DTYPES, LatentCache
 from isthmus.engine.memory_profile import profile_steps
 from isthmus.engine.open_runner import open_decoder, open_runner
 from isthmus.engine.runner import StepRunner
+from isthmus.engine.sampler import sample
 from isthmus.errors import CannotStart
-from isthmus.kv.block_pool import BlockPool, prefix_hashes
-from isthmus.kv.layout import KvLayout, Plane, PlaneKind
+from isthmus.kv.block_pool import BlockPool
+from isthmus.kv.layout import KvLayout
+from isthmus.kv.planes import CacheDtype, kv_layout, stored_as
+from isthmus.kv.prefix import prefix_hashes, prefix_scope
 from isthmus.log import get_logger
 from isthmus.model import Model, Progress, load_model
-from kernels.ref import TILE
-from kernels.ref_latents import fp8_row_bytes
+from isthmus.steps import Decoder, OnStored, PrefillChunk, SamplingInput, StepLimits, StepResult
 
-CacheDtype = Literal["auto", "fp8"]
 log = get_logger("engine")
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """The largest steps that will run, and that memory is kept for."""
-
-    decode_rows: int = 128
-    prefill_tokens: int = 4 * TILE
 
 
 USUAL_LIMITS = StepLimits()
@@ -41,6 +33,8 @@ USUAL_LIMITS = StepLimits()
 
 @dataclass(frozen=True, slots=True)
 class Engine:
+    """What `isthmus.worker.engine_port` asks of an engine, over the runner that suits the device."""
+
     model_config: ModelConfig
     runner: StepRunner
     decoder: Decoder
@@ -56,15 +50,41 @@ class Engine:
     def context_length(self) -> int:
         return self.model_config.context_length
 
-    def match_prompt(self, token_ids: Sequence[int]) -> list[int]:
-        """Blocks that hold the longest cached prefix; the caller has a reference to each."""
-        return self.pool.match(prefix_hashes(token_ids, self.layout.block_size, self.layout.fingerprint))
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
 
-    def publish_prompt(self, token_ids: Sequence[int], block_table: Sequence[int]) -> None:
-        """Full prompt blocks become reusable by content; blocks with generated tokens never do (other rounding)."""
-        hashes = prefix_hashes(token_ids, self.layout.block_size, self.layout.fingerprint)
-        for block_id, block_hash in zip(block_table, hashes, strict=False):
+    @property
+    def numerics_digest(self) -> str:
+        """Names the numerics class: engines with the same digest give the same bits."""
+        return self.numerics.digest
+
+    def match_prompt(self, token_ids: Sequence[int], tenant: str) -> list[int]:
+        """Blocks that hold the longest prefix cached for this tenant; the caller has a reference to each."""
+        return self.pool.match(self._block_hashes(token_ids, tenant))
+
+    def publish_prompt(self, token_ids: Sequence[int], block_table: Sequence[int], tenant: str) -> None:
+        """Full blocks of these prompt tokens become reusable by content, for this tenant's prompts alone.
+
+        Blocks with generated tokens are never given to it: their rows are rounded otherwise than a prompt's.
+        """
+        for block_id, block_hash in zip(block_table, self._block_hashes(token_ids, tenant), strict=False):
             self.pool.publish(block_id, block_hash)
+
+    def _block_hashes(self, token_ids: Sequence[int], tenant: str) -> list[bytes]:
+        scope = prefix_scope(self.layout.fingerprint, tenant=tenant)
+        return prefix_hashes(token_ids, self.layout.block_size, scope)
+
+    def compute(
+        self, chunks: Sequence[PrefillChunk], sampling: Sequence[SamplingInput], on_stored: OnStored
+    ) -> list[StepResult]:
+        """As `PrefillEngine` says."""
+
+        def stored(plane: str, layer: int) -> None:
+            self.cache.stored.note(plane, layer)
+            on_stored(plane, layer)
+
+        return sample(self.runner.prefill(chunks, stored), sampling)
 
     def check_device(self) -> None:
         """Waits for what this thread launched. Raises when the device is lost: every call then fails, for good."""
@@ -119,16 +139,6 @@ def _lacks_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
 
 
-def stored_as(dtype: str, cache_dtype: CacheDtype, device: str) -> str:
-    """The dtype of cached rows. Raises CannotStart for fp8 where the kernels do not run."""
-    if cache_dtype == "auto":
-        return dtype
-    if device != "cuda" or dtype != "bf16":
-        problem = f"{cache_dtype} rows need --device cuda and --dtype bf16, not {device} and {dtype}"
-        raise CannotStart("cache_dtype", problem, "set --cache-dtype auto")
-    return cache_dtype
-
-
 def _profiled_blocks(model: Model, layout: KvLayout, limits: StepLimits) -> int:
     """Raises CannotStart where one request of the full context would not fit."""
     profile = profile_steps(model.config, layout, partial(open_runner, model, limits.decode_rows), **asdict(limits))
@@ -144,21 +154,6 @@ def require_room(num_blocks: int, layout: KvLayout, context_length: int) -> None
     if num_positions < context_length:
         problem = f"the cache holds {num_positions} positions, one request may need {context_length}"
         raise CannotStart("cache_bytes", problem, "set --num-blocks or --cache-bytes higher, or --context-length lower")
-
-
-def kv_layout(config: ModelConfig, digest: str, *, dtype: str, block_size: int) -> KvLayout:
-    """MLA caches one append-only plane on every layer. An fp8 row is counted in bytes: `kernels.ref_latents`.
-
-    Raises CannotStart for a latent that has no such row.
-    """
-    elements = config.latent_elements
-    if dtype == "fp8":
-        try:
-            elements = fp8_row_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
-        except ValueError as error:
-            raise CannotStart("cache_dtype", f"fp8: {error}", "set --cache-dtype auto") from error
-    latent = Plane("latent", PlaneKind.APPEND_ONLY, config.num_layers, elements, dtype)
-    return KvLayout(digest, (latent,), block_size)
 
 
 def _open_device(name: Literal["cpu", "cuda"]) -> torch.device:

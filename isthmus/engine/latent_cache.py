@@ -11,28 +11,32 @@ _LAYERS_AHEAD = 2  # launched while the device computes
 
 
 class StoredLayers:
-    """When each layer's newest rows are there: events that transfers wait for. On a CPU a layer's end is enough."""
+    """When the newest rows of each plane and layer are there: events that transfers wait for.
+
+    Written by the thread that launches steps. On a CPU nothing is noted: rows are there when their step says so.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._events: dict[int, torch.cuda.Event] = {}
+        self._events: dict[tuple[str, int], torch.cuda.Event] = {}
 
-    def note(self, layer: int) -> None:
-        """What stores the layer's rows is launched on the current stream. For the thread that launches.
+    def note(self, plane: str, layer: int) -> None:
+        """What stores the place's rows is launched on the current stream. For the thread that launches.
 
-        Returns when the layer _LAYERS_AHEAD before is there: a prompt that is cancelled has little more on its way.
+        Returns when the plane's layer _LAYERS_AHEAD before is there: a prompt that is cancelled has little more on its
+        way.
         """
         if not self._is_cuda:
             return
         event = torch.cuda.Event(blocking=True)
         event.record()
-        self._events[layer] = event
-        if before := self._events.get(layer - _LAYERS_AHEAD):
+        self._events[plane, layer] = event
+        if before := self._events.get((plane, layer - _LAYERS_AHEAD)):
             before.synchronize()
 
-    def wait(self, layer: int) -> None:
-        """Has the current stream wait until the layer's rows are there. Any thread."""
-        if event := self._events.get(layer):
+    def wait(self, plane: str, layer: int) -> None:
+        """Has the current stream wait until the place's rows are there. Any thread."""
+        if event := self._events.get((plane, layer)):
             torch.cuda.current_stream().wait_event(event)
 
 
@@ -47,23 +51,22 @@ class LatentCache:
         self.shape = CacheShape(num_blocks, layout.block_size)
         self.stored = StoredLayers(device)
         # One row past the last block stays zero: steps read it in place of keys that must not be seen.
-        self.rows = [
-            [
-                torch.zeros(
-                    self.shape.zero_slot + 1, plane.row_elements, dtype=TORCH_DTYPES[plane.dtype], device=device
-                )
+        num_rows = self.shape.zero_slot + 1
+        self.rows = {
+            plane.name: [
+                torch.zeros(num_rows, plane.row_elements, dtype=TORCH_DTYPES[plane.dtype], device=device)
                 for _ in range(plane.num_layers)
             ]
             for plane in layout.planes
-        ]
-        self.layers = [
-            [rows[: self.shape.zero_slot].unflatten(0, (num_blocks, layout.block_size)) for rows in plane]
-            for plane in self.rows
-        ]
+        }
+        self.layers = {
+            name: [rows[: self.shape.zero_slot].unflatten(0, (num_blocks, layout.block_size)) for rows in plane]
+            for name, plane in self.rows.items()
+        }
 
     def memory(self, plane: int, layer: int) -> memoryview:
         """Writable bytes of all blocks of one layer, for the transfer path; they live as long as this cache."""
-        blocks = self.layers[plane][layer]
+        blocks = self.layers[self.layout.planes[plane].name][layer]
         if blocks.device.type != "cpu":
             raise NotYet(f"transfer memory on {blocks.device.type}")
         return blocks.view(torch.uint8).numpy().reshape(-1).data

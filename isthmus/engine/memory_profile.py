@@ -8,9 +8,10 @@ import torch
 
 from isthmus.checkpoint.model_config import ModelConfig
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.engine.runner import DecodeRow, OnLayer, PrefillChunk, StepRunner
+from isthmus.engine.runner import StepRunner
 from isthmus.errors import CannotStart
 from isthmus.kv.layout import KvLayout
+from isthmus.steps import DecodeRow, OnStored, PrefillChunk
 
 FRACTION = 0.92  # of what is free beside the weights; the rest is for transfers, other libraries and fragmentation
 
@@ -75,12 +76,12 @@ def _prefill(runner: StepRunner, config: ModelConfig, layout: KvLayout, num_toke
         return
 
 
-def _stop_after(enough: int) -> OnLayer:
-    def on_layer(layer: int) -> None:
+def _stop_after(enough: int) -> OnStored:
+    def on_stored(_plane: str, layer: int) -> None:
         if layer >= enough:
             raise _Seen
 
-    return on_layer
+    return on_stored
 
 
 def _peak(step: Callable[[], object], device: torch.device) -> int:

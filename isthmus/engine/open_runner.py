@@ -4,12 +4,13 @@ from functools import cache as once
 
 import torch
 
-from isthmus.engine.decoding import Decoder, HostDecoder
+from isthmus.engine.decoding import HostDecoder
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.engine.runner import Runner, StepRunner
+from isthmus.engine.runner import StepRunner, TorchRunner
 from isthmus.errors import CannotStart
 from isthmus.log import get_logger
 from isthmus.model import Model
+from isthmus.steps import Decoder
 
 log = get_logger("engine")
 
@@ -25,7 +26,7 @@ def open_runner(model: Model, decode_rows: int, cache: LatentCache) -> StepRunne
         _tell_unsupported(reason)
     if any(plane.dtype == "fp8" for plane in cache.layout.planes):
         raise CannotStart("cache_dtype", f"fp8 rows need the kernels: {reason}", "set --cache-dtype auto")
-    return Runner(model, cache)
+    return TorchRunner(model, cache)
 
 
 @once
@@ -55,7 +56,7 @@ def _triton_runner(model: Model, decode_rows: int, cache: LatentCache) -> StepRu
 
 def open_decoder(runner: StepRunner) -> Decoder:
     """Samples on the device where the kernels can, on the host elsewhere."""
-    if isinstance(runner, Runner):
+    if isinstance(runner, TorchRunner):
         return HostDecoder(runner)
     from isthmus.engine.triton_decoder import TritonDecoder
     from isthmus.engine.triton_runner import TritonRunner

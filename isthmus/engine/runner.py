@@ -3,7 +3,7 @@
 Called from one thread at a time, the one that owns the cache's blocks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -12,18 +12,14 @@ from torch import Tensor
 from isthmus.checkpoint.model_config import ModelConfig
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.kv.layout import KvLayout
+from isthmus.kv.planes import LATENT
 from isthmus.model import Model
-from isthmus.model.step import DecodeRow, PrefillChunk, decode_step, prefill_step
-from kernels.ref import TILE
-
-__all__ = ["TILE", "DecodeRow", "PrefillChunk", "Runner", "StepRunner"]
-
-LATENT_PLANE = 0
-OnLayer = Callable[[int], None]
+from isthmus.model.step import decode_step, prefill_step
+from isthmus.steps import DecodeRow, OnStored, PrefillChunk, ignore_stored
 
 
 class StepRunner(Protocol):
-    """What runs steps: `Runner` in plain torch, `isthmus.engine.triton_runner.TritonRunner` with the kernels."""
+    """What runs steps: `TorchRunner` in plain torch, `isthmus.engine.triton_runner.TritonRunner` with the kernels."""
 
     @property
     def model(self) -> Model: ...
@@ -36,39 +32,41 @@ class StepRunner(Protocol):
         """An ingredient of the numerics class: what computes."""
         ...
 
-    def prefill(self, chunks: Sequence[PrefillChunk], on_layer: OnLayer = ...) -> Tensor:
+    def prefill(self, chunks: Sequence[PrefillChunk], on_stored: OnStored = ...) -> Tensor:
         """Logits [chunks with needs_logits, vocab] in fp32, in their order. A sequence has at most one chunk a step.
 
-        `on_layer(l)` follows the storing of layer l's latents; it may raise to abort, the step's rows are then void.
+        `on_stored(plane, layer)` follows the storing of that place's rows. It may raise to abort; the step's rows are
+        then void.
         """
         ...
 
-    def decode(self, rows: Sequence[DecodeRow], on_layer: OnLayer = ...) -> Tensor:
+    def decode(self, rows: Sequence[DecodeRow], on_stored: OnStored = ...) -> Tensor:
         """Logits [rows, vocab] in fp32. Several rows of one sequence (replay) see one another up to their position."""
         ...
 
 
-class Runner:
+class TorchRunner:
+    """Runs steps in plain torch. What `StepRunner` promises holds."""
+
     kernels = "torch"
 
     def __init__(self, model: Model, cache: LatentCache) -> None:
         self.model = model
         self.cache = cache
 
-    def prefill(self, chunks: Sequence[PrefillChunk], on_layer: OnLayer = lambda _: None) -> Tensor:
+    def prefill(self, chunks: Sequence[PrefillChunk], on_stored: OnStored = ignore_stored) -> Tensor:
         """As `StepRunner` says."""
         check_chunks(chunks, self.model.config, self.cache.layout)
-        return self._forward(prefill_step, chunks, on_layer)
+        with torch.inference_mode():
+            step = prefill_step(chunks, self.cache.shape, self.model.device)
+            return self.model.prefill(step, self.cache.rows[LATENT], on_stored)
 
-    def decode(self, rows: Sequence[DecodeRow], on_layer: OnLayer = lambda _: None) -> Tensor:
+    def decode(self, rows: Sequence[DecodeRow], on_stored: OnStored = ignore_stored) -> Tensor:
         """As `StepRunner` says."""
         check_rows(rows, self.model.config, self.cache.layout)
-        return self._forward(decode_step, rows, on_layer)
-
-    @torch.inference_mode()
-    def _forward(self, make_step: Callable, parts: Sequence, on_layer: OnLayer) -> Tensor:
-        step = make_step(parts, self.cache.shape, self.model.device)
-        return self.model.forward(step, self.cache.rows[LATENT_PLANE], on_layer)
+        with torch.inference_mode():
+            step = decode_step(rows, self.cache.shape, self.model.device)
+            return self.model.decode(step, self.cache.rows[LATENT], on_stored)
 
 
 def check_chunks(chunks: Sequence[PrefillChunk], config: ModelConfig, layout: KvLayout) -> None:

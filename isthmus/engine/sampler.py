@@ -9,7 +9,6 @@ V: vocabulary. Argmax runs where the logits are; everything else on the host.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from isthmus.engine.philox import UNIFORM_BITS, uniform_bits
 from isthmus.errors import NonFiniteLogits
-from isthmus.types import Request, SamplingParams, Token
+from isthmus.steps import SamplingInput, StepResult, has_penalty, tokens_that_end
+from isthmus.types import SamplingParams, Token
 
 _Floats = npt.NDArray[np.float32]
 _Integers = npt.NDArray[np.int64]
@@ -27,15 +27,7 @@ _WEIGHT_BITS = 40
 _ID_BITS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingInput:
-    """`token_ids`: all tokens emitted so far, before a resume too; the new token's index is their number."""
-
-    request: Request
-    token_ids: Sequence[int]
-
-
-def sample(logits: Tensor, sequences: Sequence[SamplingInput]) -> list[Token | NonFiniteLogits]:
+def sample(logits: Tensor, sequences: Sequence[SamplingInput]) -> list[StepResult]:
     """One token per row of fp32 `logits` [num_rows, V]; a row with NaN or infinity gives the error, others do not."""
     assert logits.dtype == torch.float32
     assert logits.shape[0] == len(sequences)
@@ -49,7 +41,7 @@ def sample(logits: Tensor, sequences: Sequence[SamplingInput]) -> list[Token | N
     if all(is_plain) and all(is_finite):
         return [Token(token_id) for token_id in best]
     rows = logits.cpu().numpy()
-    results: list[Token | NonFiniteLogits] = []
+    results: list[StepResult] = []
     for row, sequence in enumerate(sequences):
         if not is_finite[row]:
             results.append(NonFiniteLogits(f"token {len(sequence.token_ids)}: the model's logits are not finite"))
@@ -82,10 +74,6 @@ def _is_plain_greedy(sequence: SamplingInput) -> bool:
     )
 
 
-def has_penalty(sampling: SamplingParams) -> bool:
-    return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
-
-
 def _choose(logits_V: _Floats, sequence: SamplingInput) -> int:
     sampling = sequence.request.sampling
     adjusted_V = _adjusted(logits_V, sequence)
@@ -109,7 +97,7 @@ def _adjusted(logits_V: _Floats, sequence: SamplingInput) -> _Floats:
     if has_penalty(sampling):
         _penalise(adjusted_V, sequence)
     if len(sequence.token_ids) < sampling.min_tokens:
-        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else sequence.request.eos_token_ids)}
+        ends = tokens_that_end(sequence.request)
         if len(ends) < len(adjusted_V):  # where every token ends, the minimum cannot be kept
             adjusted_V[list(ends)] = -np.inf
     return adjusted_V

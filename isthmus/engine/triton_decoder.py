@@ -6,15 +6,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from isthmus.engine.decoding import FromPrevious, PendingStep, StepResult, StepRow
 from isthmus.engine.device_sampler import DeviceSampler, PendingTokens
-from isthmus.engine.runner import DecodeRow, OnLayer, check_rows
-from isthmus.engine.sampler import SamplingInput
+from isthmus.engine.runner import check_rows
 from isthmus.engine.triton_runner import TritonRunner
+from isthmus.kv.planes import LATENT
+from isthmus.steps import (
+    DecodeRow,
+    FromPrevious,
+    OnStored,
+    PendingStep,
+    SamplingInput,
+    StepResult,
+    StepRow,
+    ignore_stored,
+)
 
 
 class TritonDecoder:
-    """What `isthmus.engine.decoding.Decoder` promises. Used by one thread, on one stream.
+    """What `isthmus.steps.Decoder` promises. Used by one thread, on one stream.
 
     A step's inputs are staged while the step before runs; all that the host ever waits for is the copy of its tokens.
     Raises UnsupportedKernel, or ValueError for a vocabulary that the sampler does not take.
@@ -31,7 +40,7 @@ class TritonDecoder:
             self._sampler.launch(torch.zeros(runner.buffers.buckets[0], config.vocab_size, device=device))
 
     def submit(
-        self, rows: Sequence[StepRow], sampling: Sequence[SamplingInput], on_layer: OnLayer = lambda _: None
+        self, rows: Sequence[StepRow], sampling: Sequence[SamplingInput], on_stored: OnStored = ignore_stored
     ) -> PendingStep:
         """As `Decoder` says."""
         try:
@@ -41,7 +50,7 @@ class TritonDecoder:
                 torch.cuda.current_stream(self._device).synchronize()
             raise
         for layer in range(self._num_layers):
-            on_layer(layer)
+            on_stored(LATENT, layer)
         return pending
 
     @torch.inference_mode()

@@ -5,7 +5,7 @@ step does at its end, so that who times, counts or cancels steps knows where the
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from torch import Tensor
 import kernels
 from isthmus.engine.decode_graphs import DecodeBuffers, DecodeGraphs, buckets
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.engine.runner import LATENT_PLANE, DecodeRow, PrefillChunk, check_chunks, check_rows
+from isthmus.engine.runner import check_chunks, check_rows
+from isthmus.kv.planes import LATENT
 from isthmus.model import Model
 from isthmus.model.triton_layers import Rows
 from isthmus.model.triton_model import PrefillInputs, TritonModel
+from isthmus.steps import DecodeRow, OnStored, PrefillChunk, ignore_stored
 from kernels.mla_schedule import DecodeScratch
 from kernels.prefill_plan import SEGMENT_TOKENS, PrefillPlan
 from kernels.table import architecture_of
@@ -38,7 +40,7 @@ class TritonRunner:
         self.cache = cache
         self.kernels = kernels_name(model.device)
         self._triton = TritonModel(model)
-        self._caches = cache.layers[LATENT_PLANE]
+        self._caches = cache.layers[LATENT]
         config = model.config
         scratch = DecodeScratch.allocate(
             buckets(max_rows)[-1], config.num_heads, config.kv_lora_rank, config.context_length, model.device
@@ -60,20 +62,20 @@ class TritonRunner:
         self.prefill([PrefillChunk((0,), start, table, needs_logits=False)])
         self.graphs.capture()
 
-    def prefill(self, chunks: Sequence[PrefillChunk], on_layer: Callable[[int], None] = lambda _: None) -> Tensor:
-        """As `StepRunner` says; `on_layer(l)` follows the launch of what stores layer l's latents."""
+    def prefill(self, chunks: Sequence[PrefillChunk], on_stored: OnStored = ignore_stored) -> Tensor:
+        """As `StepRunner` says; `on_stored` follows the launch of what stores a layer's latents."""
         check_chunks(chunks, self.model.config, self.cache.layout)
-        logits = self._prefill(chunks, on_layer)
+        logits = self._prefill(chunks, on_stored)
         if logits.is_cuda:
             torch.cuda.current_stream(logits.device).synchronize()
         return logits
 
-    def decode(self, rows: Sequence[DecodeRow], on_layer: Callable[[int], None] = lambda _: None) -> Tensor:
-        """As `StepRunner` says; `on_layer` follows the launch of all layers."""
+    def decode(self, rows: Sequence[DecodeRow], on_stored: OnStored = ignore_stored) -> Tensor:
+        """As `StepRunner` says; `on_stored` follows the launch of all layers."""
         check_rows(rows, self.model.config, self.cache.layout)
         logits = [self.launch(rows[part])[: part.stop - part.start].clone() for part in self.parts(len(rows))]
         for layer in range(self.model.config.num_layers):
-            on_layer(layer)
+            on_stored(LATENT, layer)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def parts(self, num_rows: int) -> list[slice]:
@@ -91,8 +93,8 @@ class TritonRunner:
         return self.graphs.run(bucket)
 
     @torch.inference_mode()
-    def _prefill(self, chunks: Sequence[PrefillChunk], on_layer: Callable[[int], None]) -> Tensor:
-        return self._triton.prefill(self._prefill_inputs(chunks), self._caches, on_layer)
+    def _prefill(self, chunks: Sequence[PrefillChunk], on_stored: OnStored) -> Tensor:
+        return self._triton.prefill(self._prefill_inputs(chunks), self._caches, on_stored)
 
     def _prefill_inputs(self, chunks: Sequence[PrefillChunk]) -> PrefillInputs:
         """Rows of all chunks one after the other."""

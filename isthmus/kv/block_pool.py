@@ -1,7 +1,5 @@
 """Who holds which block of the cache: references, content addresses, blocks set aside, and sends that still read."""
 
-import hashlib
-import struct
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
@@ -10,17 +8,6 @@ from isthmus.errors import NoFreeBlocks
 from isthmus.types import BlockCounts
 
 _RETRY_AFTER_S = 0.1
-
-
-def prefix_hashes(token_ids: Sequence[int], block_size: int, salt: str | bytes) -> list[bytes]:
-    """16 bytes per full block, each over all tokens up to its end; `salt` keeps layouts and tenants apart."""
-    link = salt.encode() if isinstance(salt, str) else salt
-    hashes: list[bytes] = []
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        tokens = struct.pack(f"<{block_size}I", *token_ids[start : start + block_size])
-        link = hashlib.sha256(link + tokens).digest()[:16]
-        hashes.append(link)
-    return hashes
 
 
 class BlockPool:

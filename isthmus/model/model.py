@@ -1,16 +1,19 @@
-"""The decoder: embedding, layers, head. One forward for both roles; a step says how its rows attend."""
+"""The decoder: embedding, layers, head. Both roles run the same layers and differ in how their rows attend."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from isthmus.checkpoint.model_config import ModelConfig
-from isthmus.model.attention import Attention, attend_decode, attend_prefill, project_and_store
+from isthmus.kv.planes import LATENT
+from isthmus.model.attention import Attention, Queries, attend_decode, attend_prefill, project_and_store
 from isthmus.model.mlp import Mlp
 from isthmus.model.rope import PositionTables
 from isthmus.model.step import DecodeStep, PrefillStep, StepRows
+from isthmus.steps import OnStored
 from kernels import ref
 
 
@@ -23,6 +26,7 @@ class Layer:
 
 
 Residual = Callable[[Tensor, Tensor], Tensor]  # the stream and what a block adds to it
+Attend = Callable[[Attention, Queries, Tensor], Tensor]  # [N, D] of the block, from its queries and the layer's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +42,24 @@ class Model:
     tables: PositionTables
     residual: Residual
 
-    def forward(
-        self, step: PrefillStep | DecodeStep, caches: Sequence[Tensor], on_layer: Callable[[int], None]
-    ) -> Tensor:
+    def prefill(self, step: PrefillStep, caches: Sequence[Tensor], on_stored: OnStored) -> Tensor:
         """Logits [rows asked for, vocab] in fp32. `caches[l]` is [slots + 1, row elements], its last row zeros.
 
-        `on_layer(l)` is called once layer l's latents are stored; what it raises ends the step.
+        `on_stored(LATENT, l)` is called once layer l's latents are stored; what it raises ends the step.
         """
-        rows, tables = step.rows, self.tables.at(step.rows.positions)
+        return self._forward(step.rows, partial(attend_prefill, tiles=step.tiles), caches, on_stored)
+
+    def decode(self, step: DecodeStep, caches: Sequence[Tensor], on_stored: OnStored) -> Tensor:
+        """The same of a decode step."""
+        return self._forward(step.rows, partial(attend_decode, pairs=step.pairs), caches, on_stored)
+
+    def _forward(self, rows: StepRows, attend: Attend, caches: Sequence[Tensor], on_stored: OnStored) -> Tensor:
+        tables = self.tables.at(rows.positions)
         x = self.embedding.index_select(0, rows.token_ids) * self.embedding_scale
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             queries = project_and_store(layer.attention, x, rows, tables, cache)
-            on_layer(index)
-            if isinstance(step, PrefillStep):
-                x = self.residual(x, attend_prefill(layer.attention, queries, cache, step.tiles))
-            else:
-                x = self.residual(x, attend_decode(layer.attention, queries, cache, step.pairs))
+            on_stored(LATENT, index)
+            x = self.residual(x, attend(layer.attention, queries, cache))
             normed = ref.rms_norm(x, layer.mlp_norm, eps=layer.mlp_norm_eps)
             x = self.residual(x, layer.mlp.forward(normed, rows.num_rows, group=rows.group))
         return self._logits(x, rows)

@@ -11,34 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus.steps import TILE, DecodeRow, PrefillChunk
 from kernels import ref
-from kernels.ref import TILE
 
 # (row, tile) pairs attended at once in decode: bounds the gathered latents (16 to 150 KiB a pair).
 MAX_PAIRS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """Tokens of one prompt at positions [start, start + len); everything before is in the cache."""
-
-    token_ids: Sequence[int]
-    start: int
-    block_table: Sequence[int]
-    needs_logits: bool  # of the chunk's last token
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.token_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """One token of one sequence; it sees every position up to its own, also those other rows of this step store."""
-
-    token_id: int
-    position: int
-    block_table: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

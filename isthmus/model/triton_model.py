@@ -1,17 +1,19 @@
-"""The decoder over the kernels of `kernels/`: what `isthmus.model.model.Model.forward` computes, in bf16 on a GPU.
+"""The decoder over the kernels of `kernels/`: what `isthmus.model.model.Model` computes, in bf16 on a GPU.
 
 A decode step allocates nothing that depends on its rows and never waits for the device, so it can be captured as a CUDA
 graph. Prefill differs from decode in its attention (expanded) and in the tiles of its products.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from isthmus.kv.planes import LATENT
 from isthmus.model.model import Layer, Model
 from isthmus.model.triton_layers import Rows, TritonAttention, triton_mlp
+from isthmus.steps import OnStored
 from kernels import elementwise, gemm
 from kernels.mla_schedule import DecodeScratch, schedule_decode
 from kernels.prefill_plan import PrefillPlan
@@ -68,16 +70,17 @@ class TritonModel:
             x, normed = self._add(x, layer.mlp.forward(normed, rows, "decode"), *self._norm_after(index))
         return self._logits(normed)
 
-    def prefill(self, inputs: PrefillInputs, caches: Sequence[Tensor], on_layer: Callable[[int], None]) -> Tensor:
+    def prefill(self, inputs: PrefillInputs, caches: Sequence[Tensor], on_stored: OnStored) -> Tensor:
         """Logits [rows asked for, vocab] in fp32.
 
-        `on_layer(l)` is called once the storing of layer l's latents is launched; what it raises ends the step.
+        `on_stored(LATENT, l)` is called once the storing of layer l's latents is launched. What it raises ends
+        the step.
         """
         rows = inputs.rows
         x, normed = self._enter(inputs.token_ids_N)
         for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             q = layer.attention.project_and_store(normed, rows, cache, "prefill")
-            on_layer(index)
+            on_stored(LATENT, index)
             attended = layer.attention.prefill(q, rows, cache, inputs.plan)
             x, normed = self._add(x, attended, layer.mlp_norm, layer.mlp_norm_eps)
             block = layer.mlp.forward(normed, rows, "prefill")

@@ -8,8 +8,10 @@ from isthmus.checkpoint.directory import Checkpoint
 from isthmus.config import WorkerConfig
 from isthmus.convert import block_counts_to_proto, layout_to_proto
 from isthmus.engine.device_memory import DeviceMemory
-from isthmus.engine.engine import USUAL_LIMITS, Engine, StepLimits, kv_layout, require_room, stored_as
+from isthmus.engine.engine import USUAL_LIMITS, Engine, require_room
 from isthmus.errors import CannotStart
+from isthmus.kv.planes import kv_layout, stored_as
+from isthmus.steps import StepLimits
 from isthmus.v1 import admin_pb2
 
 CPU_CACHE_BYTES = 256 << 20
@@ -59,7 +61,7 @@ def engine_status(model: str, engine: Engine | None) -> admin_pb2.GetStatusRespo
         device=str(engine.device),
         dtype=engine.dtype,
         layout=layout_to_proto(engine.layout),
-        numerics_digest=engine.numerics.digest,
+        numerics_digest=engine.numerics_digest,
         numerics_ingredients=engine.numerics.ingredients,
         blocks=block_counts_to_proto(engine.pool.counts()),
     )

@@ -18,7 +18,7 @@ from isthmus.checkpoint.tensor_names import model_shapes
 from isthmus.cli import arguments
 from isthmus.cli.model import run
 from isthmus.cli.model_check import Plan, Report, check_model, shown_bytes
-from isthmus.engine.engine import kv_layout
+from isthmus.kv.planes import kv_layout
 from isthmus.model import load_model
 from tests.model.hub_server import HubModel, serving
 from tools.checkpoints import Recipe, write_checkpoint
@@ -30,7 +30,8 @@ GIB = 1 << 30
 
 def check(model: object, *flags: str) -> Report:
     parsed = arguments.parse(["model", "check", str(model), *flags])
-    return check_model(parsed.model, Plan(parsed.dtype, parsed.device, parsed.block_size, parsed.memory))
+    plan = Plan(parsed.dtype, parsed.device, parsed.block_size, parsed.memory, cache_dtype=parsed.cache_dtype)
+    return check_model(parsed.model, plan)
 
 
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -119,6 +120,26 @@ def test_fp8_is_counted_as_stored_where_it_stays_so(tmp_path: Path):
     assert report.serving.weight_bytes == report.weights.num_bytes + router
     dequantised = check(tmp_path, "--dtype", "bf16").serving
     assert dequantised.weight_bytes == 2 * report.parameters.total + router + 2 * 16 * 2  # and the correction bias
+
+
+def test_fp8_rows_of_the_cache_are_counted_as_the_engine_counts_them(tmp_path: Path):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, Recipe("deepseek-v3", dtype="bf16")))
+    flags = ["--dtype", "bf16", "--device", "cuda", "--memory", "80GiB"]
+    report = check(tmp_path, *flags, "--cache-dtype", "fp8")
+    layout = kv_layout(checkpoint.config, "", dtype="fp8", block_size=16)
+    serving = report.serving
+    assert report.reasons == []
+    assert (serving.cache_dtype, serving.cache_bytes_per_token) == ("fp8", layout.bytes_per_token)
+    assert serving.block_bytes == layout.block_bytes
+    assert serving.num_blocks == (80 * GIB - serving.weight_bytes) // layout.block_bytes
+    assert serving.cache_bytes_per_token < check(tmp_path, *flags).serving.cache_bytes_per_token
+    done = command("model", "check", str(tmp_path), *flags, "--cache-dtype", "fp8")
+    assert "rows in fp8" in done.stdout
+
+
+def test_fp8_rows_that_no_worker_would_store_are_a_reason(written: Path):
+    (reason,) = check(written, "--cache-dtype", "fp8").reasons
+    assert reason == "cache_dtype: fp8 rows need --device cuda and --dtype bf16, not cpu and fp32"
 
 
 def test_every_reason_is_given_at_once(folder: Path):

@@ -10,10 +10,10 @@ import pytest
 
 from decode_service.stream import Stream
 from decode_service.worker import StepLoop
-from isthmus.engine.decoding import FromPrevious, OnLayer, StepResult, StepRow, needs_its_tokens
 from isthmus.engine.engine import Engine
-from isthmus.engine.runner import DecodeRow
-from isthmus.engine.sampler import SamplingInput, sample
+from isthmus.engine.sampler import sample
+from isthmus.kv.planes import LATENT
+from isthmus.steps import DecodeRow, FromPrevious, OnStored, SamplingInput, StepResult, StepRow, needs_its_tokens
 from isthmus.text.finish import finish_reason, is_full
 from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import decode_pb2, types_pb2
@@ -40,13 +40,13 @@ class LateDecoder:
         self.generation: Counter[int] = Counter()  # of each block: how often it was allocated
         self._allocate, engine.pool.allocate = engine.pool.allocate, self._counted
 
-    def submit(self, rows: Sequence[StepRow], sampling: Sequence[SamplingInput], on_layer: OnLayer) -> "LateStep":
+    def submit(self, rows: Sequence[StepRow], sampling: Sequence[SamplingInput], on_stored: OnStored) -> "LateStep":
         assert len(self.pending) <= 1
         self.num_steps += 1
         fails = self.fails.get(self.num_steps, "")
         if fails == "submit":
             raise RuntimeError
-        on_layer(0)
+        on_stored(LATENT, 0)
         copies = [SamplingInput(one.request, list(one.token_ids)) for one in sampling]
         for row, one in zip(rows, copies, strict=True):
             index = row.position + 1 - len(one.request.prompt_token_ids)

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from isthmus.engine.canary import Numerics
-from isthmus.engine.engine import USUAL_LIMITS, Engine, kv_layout
+from isthmus.engine.engine import USUAL_LIMITS, Engine
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.open_runner import open_decoder
-from isthmus.engine.runner import Runner, StepRunner
+from isthmus.engine.runner import StepRunner, TorchRunner
 from isthmus.engine.triton_decoder import TritonDecoder
 from isthmus.engine.triton_runner import TritonRunner
 from isthmus.kv.block_pool import BlockPool
+from isthmus.kv.planes import kv_layout
 from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import types_pb2
 from tests.decode import world as world_module
@@ -52,7 +53,7 @@ def engine_over(make: Callable[[LatentCache], StepRunner]) -> Engine:
 def engine(name: str) -> Engine:
     bf16 = model(torch.bfloat16)
     if name == "prefill":
-        return engine_over(lambda cached: Runner(bf16, cached))
+        return engine_over(lambda cached: TorchRunner(bf16, cached))
     return engine_over(lambda cached: TritonRunner(bf16, cached, MAX_ROWS))
 
 

@@ -18,8 +18,7 @@ from isthmus.checkpoint.directory import Checkpoint
 from isthmus.clock import Clock
 from isthmus.convert import request_to_proto, target_from_proto, token_from_proto
 from isthmus.engine.engine import Engine
-from isthmus.engine.runner import DecodeRow, PrefillChunk
-from isthmus.engine.sampler import SamplingInput, sample
+from isthmus.engine.sampler import sample
 from isthmus.failpoints import Failpoints
 from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
@@ -27,6 +26,7 @@ from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity
 from isthmus.process.health import HealthState, ProgressWatch
 from isthmus.process.worker_context import WorkerContext
+from isthmus.steps import DecodeRow, PrefillChunk, SamplingInput
 from isthmus.testing.block_pool_check import check_partition
 from isthmus.testing.manual_clock import ManualClock
 from isthmus.types import Request, SamplingParams, Token

@@ -6,7 +6,7 @@ import random
 import psutil
 import redis.asyncio
 
-from isthmus.kv.block_pool import prefix_hashes
+from isthmus.kv.prefix import prefix_hashes, prefix_scope
 from isthmus.testing.stack import Client, Stack, ledger, request, status, until
 from kv_transfer.ownership.redis import RedisOwnership
 
@@ -48,7 +48,8 @@ async def test_redis_lists_the_prompt_blocks_each_worker_holds(stack: Stack) -> 
         await client.generate(request(new_to_every_cache, max_tokens=2, ignore_eos=True))
     workers = [*stack.services("prefill"), *stack.services("decode")]
     incarnations = [(await status(worker["grpc"])).incarnation for worker in workers]
-    hashes = prefix_hashes(new_to_every_cache, 16, (await status(workers[0]["grpc"])).layout.fingerprint)
+    scope = prefix_scope((await status(workers[0]["grpc"])).layout.fingerprint)
+    hashes = prefix_hashes(new_to_every_cache, 16, scope)
     store = RedisOwnership(stack.redis_url)
 
     async def all_listed() -> bool:

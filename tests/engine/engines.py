@@ -9,7 +9,8 @@ from torch import Tensor
 
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.engine import Engine
-from isthmus.engine.runner import DecodeRow, PrefillChunk
+from isthmus.kv.planes import LATENT
+from isthmus.steps import DecodeRow, PrefillChunk
 
 NUM_POSITIONS = 4096
 
@@ -22,7 +23,7 @@ def bundled_engine(dtype: str = "fp32", block_size: int = 16) -> Engine:
 
 def poison(engine: Engine) -> None:
     """NaN in every block: whatever a step reads without having written it shows in its logits."""
-    for layer in engine.cache.layers[0]:
+    for layer in engine.cache.layers[LATENT]:
         layer.fill_(torch.nan)
 
 
@@ -53,4 +54,4 @@ def decode_each(engine: Engine, token_ids: Sequence[int], start: int, table: Seq
 
 def latents(engine: Engine, table: Sequence[int], count: int) -> Tensor:
     """[layers, count, row elements] as stored."""
-    return torch.stack([layer[list(table)].flatten(0, 1)[:count] for layer in engine.cache.layers[0]])
+    return torch.stack([layer[list(table)].flatten(0, 1)[:count] for layer in engine.cache.layers[LATENT]])

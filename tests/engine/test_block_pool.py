@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from isthmus.errors import NoFreeBlocks
-from isthmus.kv.block_pool import BlockPool, prefix_hashes
+from isthmus.kv.block_pool import BlockPool
 from isthmus.testing.block_pool_check import check_partition
 from isthmus.types import BlockCounts
 
@@ -24,20 +24,6 @@ def published(pool: BlockPool, *contents: bytes) -> list[int]:
         pool.publish(block, content)
     pool.release(blocks)
     return blocks
-
-
-# ---- content addresses
-
-
-def test_hashes_cover_full_blocks_and_everything_before_them() -> None:
-    hashes = prefix_hashes(range(35), 16, "layout")
-    assert [len(h) for h in hashes] == [16, 16]
-    assert prefix_hashes(range(32), 16, "layout") == hashes
-    assert prefix_hashes([*range(31), 99], 16, "layout")[0] == hashes[0]
-    assert prefix_hashes([*range(31), 99], 16, "layout")[1] != hashes[1]
-    assert prefix_hashes([99, *range(1, 32)], 16, "layout")[1] != hashes[1]
-    assert not set(prefix_hashes(range(32), 16, "other")) & set(hashes)
-    assert prefix_hashes(range(15), 16, "layout") == []
 
 
 # ---- one behaviour each

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from isthmus.engine.canary import run_canary
-from isthmus.engine.runner import Runner
+from isthmus.engine.runner import TorchRunner
 from isthmus.errors import CannotStart
 from isthmus.kv.block_pool import BlockPool
+from isthmus.steps import ignore_stored
 from tests.engine.engines import bundled_engine, poison
 
 
@@ -27,7 +28,7 @@ def test_digest_is_the_same_for_every_block_size_and_pool_state():
 def test_dtype_and_weights_change_the_digest():
     engine = bundled_engine("fp32", 16)
     other = dataclasses.replace(engine.runner.model, norm=engine.runner.model.norm * 1.001)
-    changed = run_canary(Runner(other, engine.cache), engine.pool)
+    changed = run_canary(TorchRunner(other, engine.cache), engine.pool)
     assert len({engine.numerics.digest, changed.digest, bundled_engine("bf16", 16).numerics.digest}) == 3
 
 
@@ -38,11 +39,11 @@ def test_ingredients_are_readable():
     assert {"cpu_capability", "device", "threads", "machine", "model", "cache_dtype"} <= set(ingredients)
 
 
-class _BatchDependent(Runner):
+class _BatchDependent(TorchRunner):
     """A machine whose products change with the batch."""
 
-    def decode(self, rows, on_layer=lambda _: None):
-        logits = super().decode(rows, on_layer)
+    def decode(self, rows, on_stored=ignore_stored):
+        logits = super().decode(rows, on_stored)
         return logits * (1 + 2**-20) if len(rows) > 8 else logits
 
 
@@ -56,6 +57,6 @@ def test_nan_weights_and_too_small_caches_are_refused():
     engine = bundled_engine("fp32", 16)
     broken = dataclasses.replace(engine.runner.model, norm=engine.runner.model.norm * torch.nan)
     with pytest.raises(CannotStart, match="NaN"):
-        run_canary(Runner(broken, engine.cache), engine.pool)
+        run_canary(TorchRunner(broken, engine.cache), engine.pool)
     with pytest.raises(CannotStart, match="blocks"):
         run_canary(engine.runner, BlockPool(10, 16))

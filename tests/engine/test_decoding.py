@@ -2,9 +2,10 @@
 
 import pytest
 
-from isthmus.engine.decoding import Done, HostDecoder, StepRow, needs_its_tokens
-from isthmus.engine.runner import DecodeRow
-from isthmus.engine.sampler import SamplingInput, sample
+from isthmus.engine.decoding import HostDecoder
+from isthmus.engine.sampler import sample
+from isthmus.kv.planes import LATENT
+from isthmus.steps import DecodeRow, FinishedStep, SamplingInput, StepRow, needs_its_tokens
 from isthmus.types import Request, SamplingParams
 from tests.engine.engines import bundled_engine, prefill, prompt, scattered_table
 
@@ -14,18 +15,19 @@ def test_the_host_decoder_samples_what_the_runner_computes() -> None:
     table = scattered_table(engine, 60, seed=1)
     prefill(engine, tokens, table)
     request = Request("r", 7, tokens, SamplingParams(max_tokens=9, logprobs=3))
-    sampling, layers = [SamplingInput(request, [11]), SamplingInput(request, [11, 12])], list[int]()
+    sampling, stored = [SamplingInput(request, [11]), SamplingInput(request, [11, 12])], list[tuple[str, int]]()
     logits = engine.runner.decode([DecodeRow(11, 40, table), DecodeRow(12, 41, table)])
     decoder = HostDecoder(engine.runner)
-    step = decoder.submit([StepRow(11, 40, table), StepRow(12, 41, table)], sampling, layers.append)
-    assert layers == list(range(engine.model_config.num_layers))
+    rows = [StepRow(11, 40, table), StepRow(12, 41, table)]
+    step = decoder.submit(rows, sampling, lambda *place: stored.append(place))
+    assert stored == [(LATENT, layer) for layer in range(engine.model_config.num_layers)]
     assert step.results() == sample(logits, sampling)
     assert not decoder.runs_ahead
 
 
 def test_a_failed_step_raises_when_its_results_are_taken() -> None:
     with pytest.raises(RuntimeError, match="lost"):
-        Done(RuntimeError("lost")).results()
+        FinishedStep(RuntimeError("lost")).results()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from isthmus.engine import device_memory
 from isthmus.engine.device_memory import DeviceMemory
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
+from isthmus.kv.planes import LATENT
 from kernels import blocks
 from kv_transfer.pool_memory import PoolMemory, RowMemory
 from tests.conftest import has_cuda
@@ -33,7 +34,7 @@ def caches(seed: int) -> tuple[LatentCache, dict[tuple[int, int], memoryview]]:
     cache = LatentCache(LAYOUT, NUM_BLOCKS, torch.device("cuda" if has_cuda() else "cpu"))
     rng, memory = np.random.default_rng(seed), {}
     for plane, layer in LAYOUT.places:
-        rows = cache.layers[plane][layer].view(torch.uint8)
+        rows = cache.layers[LAYOUT.planes[plane].name][layer].view(torch.uint8)
         content = rng.integers(0, 256, rows.numel(), dtype=np.uint8)
         rows.copy_(torch.from_numpy(content).view_as(rows))
         memory[plane, layer] = memoryview(bytearray(content.tobytes()))
@@ -42,7 +43,7 @@ def caches(seed: int) -> tuple[LatentCache, dict[tuple[int, int], memoryview]]:
 
 def content(cache: LatentCache) -> dict[tuple[int, int], bytes]:
     return {
-        (plane, layer): cache.layers[plane][layer].view(torch.uint8).cpu().numpy().tobytes()
+        (plane, layer): cache.layers[LAYOUT.planes[plane].name][layer].view(torch.uint8).cpu().numpy().tobytes()
         for plane, layer in LAYOUT.places
     }
 
@@ -114,8 +115,8 @@ def test_a_read_waits_for_the_rows_of_its_layer_and_not_for_what_follows() -> No
     cache, _ = caches(seed=4)
     on_device, read = DeviceMemory(cache), bytearray(16 * 40)
     torch.cuda._sleep(200_000_000)
-    cache.layers[0][0].fill_(1.0)
-    cache.stored.note(0)
+    cache.layers[LATENT][0].fill_(1.0)
+    cache.stored.note(LATENT, 0)
     torch.cuda._sleep(2_000_000_000)
     last = torch.cuda.Event()
     last.record()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from isthmus.engine.device_sampler import DeviceSampler
-from isthmus.engine.sampler import SamplingInput, sample
+from isthmus.engine.sampler import sample
 from isthmus.errors import NonFiniteLogits
+from isthmus.steps import SamplingInput
 from isthmus.types import Request, SamplingParams, Token
 from kernels.table import Config
 

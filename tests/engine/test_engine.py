@@ -7,6 +7,7 @@ from isthmus.checkpoint.directory import Checkpoint
 from isthmus.config import DecodeConfig, load
 from isthmus.engine.engine import Engine
 from isthmus.errors import CannotStart
+from isthmus.kv.planes import LATENT
 from isthmus.worker.engine_start import open_engine
 from tests.engine.engines import bundled_engine
 
@@ -23,7 +24,7 @@ def test_engine_says_what_it_is():
 
 def test_cache_memory_is_the_blocks_themselves():
     engine = bundled_engine("fp32", 16)
-    memory, layer = engine.cache.memory(0, 1), engine.cache.layers[0][1]
+    memory, layer = engine.cache.memory(0, 1), engine.cache.layers[LATENT][1]
     assert memory.format == "B"
     assert not memory.readonly
     assert len(memory) == engine.cache.shape.num_blocks * 16 * engine.layout.planes[0].row_bytes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isthmus.engine.runner import DecodeRow, PrefillChunk
+from isthmus.steps import DecodeRow, PrefillChunk
 from tests.engine.engines import bundled_engine, decode_each, latents, poison, prefill, prompt, scattered_table
 
 PROMPT = prompt(203)

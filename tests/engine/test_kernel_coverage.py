@@ -13,10 +13,10 @@ import isthmus
 import kernels.table
 from benchmarks.random_model import RandomWeights
 from isthmus.checkpoint.model_config import ModelConfig, parse_config
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.triton_decoder import TritonDecoder
 from isthmus.engine.triton_runner import TritonRunner
+from isthmus.kv.planes import kv_layout
 from isthmus.model.linear import Fp8Experts, Fp8Linear
 from isthmus.model.load import assemble
 from kernels.lang import INTERPRETED

@@ -9,10 +9,12 @@ import torch
 
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.config import DecodeConfig, PrefillConfig, load
-from isthmus.engine.engine import Engine, kv_layout, stored_as
+from isthmus.engine.engine import Engine
 from isthmus.engine.memory_profile import FRACTION, MemoryProfile, _prefill
-from isthmus.engine.runner import PrefillChunk, StepRunner
+from isthmus.engine.runner import StepRunner
 from isthmus.errors import CannotStart
+from isthmus.kv.planes import kv_layout, stored_as
+from isthmus.steps import PrefillChunk
 from isthmus.worker.engine_start import CPU_CACHE_BYTES, open_engine
 
 GIB = 1 << 30

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isthmus.engine.runner import DecodeRow, PrefillChunk
-from isthmus.engine.sampler import SamplingInput, sample
+from isthmus.engine.sampler import sample
+from isthmus.steps import DecodeRow, PrefillChunk, SamplingInput
 from isthmus.types import Request, SamplingParams
 from kernels import ref
 from tests.engine.engines import bundled_engine, prompt

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from isthmus.engine.runner import DecodeRow, PrefillChunk
+from isthmus.kv.planes import LATENT
+from isthmus.steps import DecodeRow, PrefillChunk
 from tests.engine.engines import bundled_engine, latents, poison, prefill, prompt
 
 
@@ -12,12 +13,13 @@ def test_a_layers_latents_are_stored_when_it_is_announced():
     poison(engine)
     announced = []
 
-    def on_layer(layer: int) -> None:
+    def on_stored(plane: str, layer: int) -> None:
+        assert plane == LATENT
         announced.append(layer)
-        stored = [bool(torch.isfinite(rows[:3].flatten(0, 1)[:40]).all()) for rows in engine.cache.layers[0]]
+        stored = [bool(torch.isfinite(rows[:3].flatten(0, 1)[:40]).all()) for rows in engine.cache.layers[LATENT]]
         assert stored == [index <= layer for index in range(len(stored))]
 
-    engine.runner.prefill([PrefillChunk(prompt(40), 0, [0, 1, 2], needs_logits=False)], on_layer)
+    engine.runner.prefill([PrefillChunk(prompt(40), 0, [0, 1, 2], needs_logits=False)], on_stored)
     assert announced == list(range(engine.model_config.num_layers))
 
 
@@ -26,7 +28,7 @@ def test_a_step_writes_its_own_positions_only():
     poison(engine)
     prefill(engine, prompt(37), [4, 2, 9])
     engine.runner.decode([DecodeRow(5, 37, [4, 2, 9])])
-    for layer in engine.cache.layers[0]:
+    for layer in engine.cache.layers[LATENT]:
         finite = torch.isfinite(layer).all(-1).sum(-1)
         assert {block: int(count) for block, count in enumerate(finite) if count} == {4: 16, 2: 16, 9: 6}
 
@@ -35,7 +37,7 @@ def test_what_the_callback_raises_ends_the_step():
     engine = bundled_engine()
     poison(engine)
 
-    def stop(layer: int) -> None:
+    def stop(_plane: str, layer: int) -> None:
         if layer == 1:
             raise InterruptedError
 

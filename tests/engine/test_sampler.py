@@ -15,8 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from isthmus.engine.philox import UNIFORM_BITS, uniform_bits
-from isthmus.engine.sampler import SamplingInput, _adjusted, _argmax, _argmax_on_device, _draw, sample
+from isthmus.engine.sampler import _adjusted, _argmax, _argmax_on_device, _draw, sample
 from isthmus.errors import NonFiniteLogits
+from isthmus.steps import SamplingInput
 from isthmus.types import Request, SamplingParams, Token
 
 VOCAB = 12

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.decode_graphs import buckets
-from isthmus.engine.decoding import FromPrevious, StepRow
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.open_runner import open_runner
-from isthmus.engine.runner import LATENT_PLANE, DecodeRow, PrefillChunk, Runner, StepRunner
-from isthmus.engine.sampler import SamplingInput
+from isthmus.engine.runner import StepRunner, TorchRunner
 from isthmus.engine.triton_decoder import TritonDecoder
 from isthmus.engine.triton_runner import TritonRunner
 from isthmus.errors import CannotStart
+from isthmus.kv.planes import LATENT, kv_layout
 from isthmus.model import Model, load_model
 from isthmus.model.triton_model import TritonModel
+from isthmus.steps import DecodeRow, FromPrevious, PrefillChunk, SamplingInput, StepRow
 from isthmus.types import Request, SamplingParams, Token
 from kernels.table import UnsupportedKernel
 from tests.engine.engines import prompt
@@ -54,7 +53,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 def poisoned_cache(dtype: str) -> LatentCache:
     layout = kv_layout(model(torch.bfloat16).config, "", dtype=dtype, block_size=BLOCK_SIZE)
     made = LatentCache(layout, NUM_BLOCKS, DEVICE)
-    for layer in made.layers[LATENT_PLANE]:
+    for layer in made.layers[LATENT]:
         layer.fill_(torch.nan)
     return made
 
@@ -87,7 +86,7 @@ def outcomes(runner: StepRunner, sequences: Sequence[Prompted], cut: int | None)
     ]
     later = runner.decode(rows).unflatten(0, (len(sequences), -1))
     stored = [
-        torch.stack([layer[one.table].flatten(0, 1)[: len(one.tokens) + 2] for layer in runner.cache.layers[0]])
+        torch.stack([layer[one.table].flatten(0, 1)[: len(one.tokens) + 2] for layer in runner.cache.layers[LATENT]])
         for one in sequences
     ]
     return [Outcome(torch.cat((a[None], b)), c) for a, b, c in zip(first, later, stored, strict=True)]
@@ -106,8 +105,8 @@ def divergence(exact: Tensor, other: Tensor) -> Tensor:
 
 def test_logits_are_as_near_to_fp32_as_torchs():
     sequence = [Prompted(tokens(PROMPT), [3])]
-    exact = outcomes(Runner(model(torch.float32), poisoned_cache("fp32")), sequence, cut=None)[0]
-    torchs = outcomes(Runner(model(torch.bfloat16), poisoned_cache("bf16")), sequence, cut=None)[0]
+    exact = outcomes(TorchRunner(model(torch.float32), poisoned_cache("fp32")), sequence, cut=None)[0]
+    torchs = outcomes(TorchRunner(model(torch.bfloat16), poisoned_cache("bf16")), sequence, cut=None)[0]
     ours, theirs = (float(divergence(exact.logits, one.logits).mean()) for one in (alone(), torchs))
     assert ours <= max(1e-3, 1.5 * theirs)
     torch.testing.assert_close(alone().latents, torchs.latents, atol=0.05, rtol=0.05)
@@ -142,7 +141,7 @@ def test_a_step_is_launched_on_tokens_of_a_pending_one():
         SamplingInput(request(SamplingParams(8, temperature=0.9, top_p=0.9), "drawn"), [REPLAYED[0]]),
     ]
     # Both sequences are the same prompt; the second is in a block of its own.
-    for layer in runner.cache.layers[LATENT_PLANE]:
+    for layer in runner.cache.layers[LATENT]:
         layer[9] = layer[3]
     first = decoder.submit([StepRow(REPLAYED[0], PROMPT, [block]) for block in (3, 9)], inputs)
     second = decoder.submit([StepRow(FromPrevious(i), PROMPT + 1, [block]) for i, block in ((0, 3), (1, 9))], inputs)
@@ -158,7 +157,7 @@ def test_a_step_is_launched_on_tokens_of_a_pending_one():
 def test_the_numerics_class_names_what_computes():
     name = triton_runner().kernels
     assert name.startswith("triton ")
-    assert name != Runner.kernels
+    assert name != TorchRunner.kernels
 
 
 @pytest.mark.parametrize(
@@ -176,7 +175,7 @@ def test_rows_that_do_not_fit_are_refused(rows: list[DecodeRow], message: str):
 
 
 def test_what_the_callback_raises_ends_a_prefill_step():
-    def stop(layer: int) -> None:
+    def stop(_plane: str, layer: int) -> None:
         if layer == 1:
             raise InterruptedError
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from isthmus.checkpoint.directory import Checkpoint, resolve_model
-from isthmus.engine.engine import Engine, StepLimits
-from isthmus.engine.runner import DecodeRow, PrefillChunk
+from isthmus.engine.engine import Engine
+from isthmus.kv.planes import LATENT
+from isthmus.steps import DecodeRow, PrefillChunk, StepLimits
 from isthmus.text.tokenizer import Tokenizer
 from tests.e2e.prompts import TEXT_PROMPTS
 from tests.engine.engines import prompt
@@ -101,4 +102,4 @@ def forced(opened: Engine, sequences: Sequence[Prompted], tokens: Tensor) -> Ten
 
 def latents(opened: Engine, one: Prompted, count: int) -> Tensor:
     """[layers, count, row elements] as stored."""
-    return torch.stack([layer[one.table].flatten(0, 1)[:count] for layer in opened.cache.layers[0]]).cpu()
+    return torch.stack([layer[one.table].flatten(0, 1)[:count] for layer in opened.cache.layers[LATENT]]).cpu()

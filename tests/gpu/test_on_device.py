@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from isthmus.checkpoint.directory import Checkpoint
-from isthmus.engine.decoding import FromPrevious, StepRow
 from isthmus.engine.engine import Engine
-from isthmus.engine.runner import DecodeRow
-from isthmus.engine.sampler import SamplingInput, sample
+from isthmus.engine.sampler import sample
 from isthmus.engine.triton_decoder import TritonDecoder
 from isthmus.engine.triton_runner import TritonRunner
+from isthmus.steps import DecodeRow, FromPrevious, SamplingInput, StepRow
 from isthmus.types import Request, SamplingParams, Token
 from tests.gpu.runs import LIMITS, Prompted, decode, engine, forced, greedy, latents, placed, prefill, prompted, texts
 

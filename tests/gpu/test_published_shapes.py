@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from benchmarks.random_model import published_config, random_model
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.engine.runner import LATENT_PLANE, DecodeRow, PrefillChunk, Runner, StepRunner
+from isthmus.engine.runner import StepRunner, TorchRunner
 from isthmus.engine.triton_runner import TritonRunner
+from isthmus.kv.planes import LATENT, kv_layout
 from isthmus.model import Model
+from isthmus.steps import DecodeRow, PrefillChunk
 from tests.engine.engines import prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
@@ -56,7 +57,7 @@ def prefill(runner: StepRunner, length: int, table: list[int], *cuts: int) -> to
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_decode_rows_are_the_same_in_every_batch(model: Model, dtype: str):
     runner = TritonRunner(model, cache(model, dtype), max_rows=256)
-    for rows in runner.cache.layers[LATENT_PLANE]:
+    for rows in runner.cache.layers[LATENT]:
         random = torch.randn(rows.shape[0], BLOCK_SIZE, 576, device=model.device, dtype=torch.bfloat16)
         rows.copy_(random if dtype == "bf16" else quantised(random))
     lengths = [1 + 61 * i % 900 if i % 32 else 4096 + 37 * i for i in range(256)]
@@ -92,7 +93,7 @@ def test_cuts_and_blocks_change_no_bit_of_a_prompt(model: Model, dtype: str):
 
 def test_kernels_are_near_to_torch(model: Model):
     """In the logits' own scale; experts whose scores are near may change places, which moves a few rows further."""
-    triton, torchs = TritonRunner(model, cache(model, "bf16"), max_rows=16), Runner(model, cache(model, "bf16"))
+    triton, torchs = TritonRunner(model, cache(model, "bf16"), max_rows=16), TorchRunner(model, cache(model, "bf16"))
     table = tables(1, 16)[0]
     results = []
     for runner in (triton, torchs):

@@ -12,12 +12,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.engine.runner import PrefillChunk
 from isthmus.engine.triton_decoder import TritonDecoder
 from isthmus.engine.triton_runner import TritonRunner
+from isthmus.kv.planes import kv_layout
 from isthmus.model.load import assemble
+from isthmus.steps import PrefillChunk
 from tests.engine.test_kernel_coverage import CPU, UnsetWeights, two_layers
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 16

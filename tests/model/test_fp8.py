@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from isthmus.checkpoint.directory import Checkpoint
-from isthmus.engine.engine import kv_layout
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.engine.runner import DecodeRow, PrefillChunk, Runner
+from isthmus.engine.runner import TorchRunner
 from isthmus.errors import CannotStart
+from isthmus.kv.planes import kv_layout
 from isthmus.model import load_model
 from isthmus.model.linear import Fp8Experts, Fp8Linear
+from isthmus.steps import DecodeRow, PrefillChunk
 from tests.model.small_models import edit_config, write_model
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def logits(path: Path, dtype: torch.dtype, *, keeps_fp8: bool) -> torch.Tensor:
         assert isinstance(model.layers[0].attention.o, Fp8Linear)
         assert isinstance(model.layers[1].mlp.gate_up, Fp8Experts)
     layout = kv_layout(checkpoint.config, "", dtype="fp32" if dtype == torch.float32 else "bf16", block_size=16)
-    runner = Runner(model, LatentCache(layout, 8, CPU))
+    runner = TorchRunner(model, LatentCache(layout, 8, CPU))
     prompt = [(37 * i + 5) % 199 for i in range(70)]
     first = runner.prefill([PrefillChunk(prompt, 0, range(8), needs_logits=True)])
     return torch.cat((first, runner.decode([DecodeRow(3, 70, range(8))])))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.engine import Engine
-from isthmus.engine.runner import DecodeRow, PrefillChunk
+from isthmus.kv.planes import LATENT
+from isthmus.steps import DecodeRow, PrefillChunk
 from tests.oracle.models import Model, Written
 
 
@@ -45,7 +46,7 @@ class EngineRun:
     """One sequence in an engine whose unused slots all hold NaN."""
 
     def __init__(self, engine: Engine, num_positions: int, *, seed: int = 0) -> None:
-        for layer in engine.cache.layers[0]:
+        for layer in engine.cache.layers[LATENT]:
             layer.fill_(torch.nan)
         self.engine = engine
         generator = torch.Generator().manual_seed(seed)
@@ -80,7 +81,7 @@ class EngineRun:
 
     def latents(self, count: int) -> Tensor:
         """[layers, count, row elements] as stored."""
-        layers = self.engine.cache.layers[0]
+        layers = self.engine.cache.layers[LATENT]
         return torch.stack([layer[self.table].flatten(0, 1)[:count] for layer in layers])
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from isthmus.engine.engine import Engine
 from isthmus.engine.latent_cache import LatentCache
-from isthmus.engine.runner import DecodeRow, PrefillChunk, Runner
+from isthmus.engine.runner import TorchRunner
+from isthmus.steps import DecodeRow, PrefillChunk
 from tests.oracle.configs import ARCHITECTURES
 from tests.oracle.models import Write
 from tests.oracle.runs import EngineRun, open_engine, prompt
@@ -38,7 +39,7 @@ def engines(written: Write, architecture: str, request: pytest.FixtureRequest) -
         if size not in engines:
             layout = replace(first.layout, block_size=size)
             cache = LatentCache(layout, 4096 // size, first.device)
-            engines[size] = replace(first, runner=Runner(first.runner.model, cache), cache=cache, layout=layout)
+            engines[size] = replace(first, runner=TorchRunner(first.runner.model, cache), cache=cache, layout=layout)
         return engines[size]
 
     return with_block_size

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from isthmus.checkpoint.directory import Checkpoint
-from isthmus.engine.runner import DecodeRow
 from isthmus.errors import CannotStart
+from isthmus.steps import DecodeRow
 from tests.oracle.configs import LIKE_V3, SmallConfig, random_config
 from tests.oracle.models import Model, Written, edit_config, load_oracle, write_model
 from tests.oracle.runs import EngineRun, Run, distance, open_engine, prompt, run_oracle

@@ -1,6 +1,6 @@
 """The tile budget: measured at the start so that a layer stays short, without a trace in numerics or cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from time import sleep
 
@@ -8,22 +8,23 @@ import pytest
 from torch import Tensor
 
 from isthmus.engine.canary import run_canary
-from isthmus.engine.runner import PrefillChunk, Runner
+from isthmus.engine.runner import TorchRunner
+from isthmus.steps import OnStored, PrefillChunk, ignore_stored
 from prefill_service.tile_budget import measure_tile_budget
 from tests.engine.engines import bundled_engine
 
 
-class SlowRunner(Runner):
+class SlowRunner(TorchRunner):
     """Every layer takes `ms_per_token` longer; counts the layers."""
 
     ms_per_token = 0.0
     num_layers = 0
 
-    def prefill(self, chunks: Sequence[PrefillChunk], on_layer: Callable[[int], None] = lambda _: None) -> Tensor:
-        def slowly(layer: int) -> None:
+    def prefill(self, chunks: Sequence[PrefillChunk], on_stored: OnStored = ignore_stored) -> Tensor:
+        def slowly(plane: str, layer: int) -> None:
             self.num_layers += 1
             sleep(self.ms_per_token * sum(len(chunk.token_ids) for chunk in chunks) / 1000)
-            on_layer(layer)
+            on_stored(plane, layer)
 
         return super().prefill(chunks, slowly)
 
