@@ -10,14 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from isthmus.convert import finish_reason_to_proto, request_from_proto
-from isthmus.errors import InvalidRequest
+from isthmus.errors import InvalidRequest, IsthmusError
 from isthmus.ids import Ids
 from isthmus.ledger import Ledger
+from isthmus.metrics import Metrics
 from isthmus.text.detokenizer import Detokenizer
 from isthmus.text.finish import finish_reason
 from isthmus.text.token_merge import TokenMerge
 from isthmus.types import FinishReason, Request
 from isthmus.v1 import decode_pb2, inference_pb2, prefill_pb2, types_pb2
+from router.client.caller import ClientGone
 from router.client.validate import ModelFacts, complete_sampling, retention_s
 from router.pool.policy import NumericsClass
 
@@ -252,6 +254,30 @@ class RequestOpener:
         delivery = Delivery(request, self.model.context_length, detokenizer)
         delivery.restore(emitted_token_ids)
         return OpenedRequest(request, "", delivery, RequestTimes(received_at), received_at + timeout_s)
+
+
+def count_request(metrics: Metrics, opened: OpenedRequest | None, error: BaseException | None) -> None:
+    """Once a request, when it ends; labels come from fixed sets. `opened` is None for what was refused before."""
+    metrics.requests.labels(_outcome(opened, error)).inc()
+    if opened is None:
+        return
+    arrived_at = opened.delivery.arrived_at
+    metrics.tokens.labels("prompt").inc(len(opened.request.prompt_token_ids))
+    metrics.tokens.labels("cached").inc(opened.num_cached_tokens)
+    metrics.tokens.labels("generated").inc(len(arrived_at))
+    if (first_sent_at := opened.times.first_sent_at) is not None:
+        metrics.ttft_s.observe(first_sent_at - opened.times.received_at)
+    for before, after in itertools.pairwise(arrived_at):
+        metrics.itl_s.observe(after - before)
+
+
+def _outcome(opened: OpenedRequest | None, error: BaseException | None) -> str:
+    if error is None:
+        reason = opened.delivery.finish_reason if opened is not None else None
+        return reason.value if reason is not None else "finished"
+    if isinstance(error, ClientGone):
+        return "client_gone"
+    return error.reason.lower() if isinstance(error, IsthmusError) else "internal"
 
 
 def _span_ms(start: float | None, end: float | None) -> float:

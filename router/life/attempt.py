@@ -11,29 +11,19 @@ from typing import Self
 
 from isthmus.convert import request_to_proto
 from isthmus.errors import IsthmusError, StaleOwner, TransferIncomplete
-from isthmus.failpoints import Failpoints
-from isthmus.ledger import Ledger
 from isthmus.routine import FOREVER, Routine
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, inference_pb2, prefill_pb2, types_pb2
 from router.client.opened_request import OpenedRequest
 from router.life.losses import AttemptFailed, Role, raise_early_end
 from router.life.moving import Moving
+from router.life.parts import LifeParts
 from router.pool.decode_stream import Arrival, Failed, Source, WorkerEvent
-from router.pool.placement import DecodePlace, Need, Placement, PrefillPlace
+from router.pool.placement import DecodePlace, Placement, PrefillPlace
+from router.pool.policy import Need
 
 DONE_WAIT_S = 1.0  # for prefill's figures, once everything else is there
 CLAIM_WAIT_S = 0.5  # for decode's first word, when nothing should be missing any more
-
-
-@dataclass(frozen=True, slots=True)
-class LifeParts:
-    """What all request lives of a router share."""
-
-    placement: Placement
-    ledger: Ledger
-    failpoints: Failpoints
-    router_name: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """Where a stream is: the worker that the registry's hint names, else whoever says it has it. A core."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from isthmus.errors import IsthmusError, StreamGone, WorkersUnavailable
+from isthmus.process.loop_driver import Drive
 from isthmus.routine import Answer, Routine
 from isthmus.types import FinishReason
 from router.pool.decode_stream import Inbox, Source
@@ -91,14 +92,34 @@ class Locator:
         came = await routine.wait_for(lambda: answer.has_come, routine.now + HINT_WAIT_S)
         return answer.value if came else None
 
-    async def _having(
-        self, request_id: str, workers: Sequence[DecodeWorker], routine: Routine
-    ) -> list[DecodeWorker]:
+    async def _having(self, request_id: str, workers: Sequence[DecodeWorker], routine: Routine) -> list[DecodeWorker]:
         """The one that is furthest first: a worker that froze may wake with an older copy."""
         answers: list[Answer[int | None]] = [Answer(routine.wake) for _ in workers]
         for worker, answer in zip(workers, answers, strict=True):
             worker.link.find(request_id, answer)
         await routine.wait_for(lambda: all(answer.has_come for answer in answers), routine.now + FIND_WAIT_S)
-        known = {worker.record.incarnation: answer.value for worker, answer in zip(workers, answers, strict=True) if answer.has_come}
-        having = [worker for worker in workers if known.get(worker.record.incarnation) is not None]
-        return sorted(having, key=lambda worker: -(known[worker.record.incarnation] or 0))
+        having: list[tuple[int, DecodeWorker]] = []
+        for worker, answer in zip(workers, answers, strict=True):
+            if answer.has_come and answer.value is not None:
+                having.append((answer.value, worker))
+        return [worker for _, worker in sorted(having, key=lambda pair: -pair[0])]
+
+
+class StreamCancel:
+    """A Cancel for a stream that is not this router's: looked for, taken over, ended. Written by its own routine."""
+
+    def __init__(self, locator: Locator, drive: Drive):
+        self._locator = locator
+        self._driver = drive(self.turn)
+        self._routine = Routine(self._driver.ready)
+
+    def begin(self, request_id: str, on_answer: Callable[[bool], None]) -> None:
+        """`on_answer` hears whether anybody had the stream."""
+
+        async def work() -> None:
+            on_answer(await self._locator.cancel(request_id, self._routine))
+
+        self._routine.begin(work())
+
+    def turn(self, now: float) -> float | None:
+        return self._routine.turn(now)

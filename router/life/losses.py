@@ -65,6 +65,7 @@ class Losses:
             self._num_fruitless = 0
             self._lost.clear()
 
+
 def raise_early_end(ended: decode_pb2.StreamEnded) -> None:
     """Decode ended the stream by itself, and not after the token that this router took for the last.
 

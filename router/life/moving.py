@@ -9,7 +9,8 @@ from isthmus.routine import Routine
 from isthmus.v1 import decode_pb2
 from router.client.opened_request import OpenedRequest
 from router.pool.decode_stream import Source
-from router.pool.placement import DecodePlace, Need, Placement
+from router.pool.placement import DecodePlace, Placement
+from router.pool.policy import Need
 
 MOVE_RETRY_S = 0.25
 

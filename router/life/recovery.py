@@ -15,7 +15,7 @@ from isthmus.v1 import decode_pb2
 from router.life.attempt import Attempt, AttemptContext
 from router.life.losses import AttemptFailed, Losses
 from router.pool.admission import Admission, Turn
-from router.pool.placement import Need
+from router.pool.policy import Need
 from router.pool.session import ANSWER_TIMEOUT_S
 
 FILL_TIMEOUT_S = 10.0  # of a rearmed transfer; the decode worker's own bound holds too
@@ -107,9 +107,7 @@ class Recovery:
         if isinstance(answer, IsthmusError):
             raise answer
         num_missing = sum(extent.num_tokens for extent in answer.missing)
-        self._context.record(
-            "request.rearmed", transfer_attempt=attempt.transfer_attempt, num_missing_rows=num_missing
-        )
+        self._context.record("request.rearmed", transfer_attempt=attempt.transfer_attempt, num_missing_rows=num_missing)
         return answer
 
     async def _ask_to_rearm(self, attempt: Attempt) -> decode_pb2.Rearmed | IsthmusError:

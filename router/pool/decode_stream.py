@@ -90,6 +90,7 @@ class Source:
         """Nothing of this source is heard any more, what waits in the inbox included."""
         self.is_open = False
 
+
 StreamAnswer = decode_pb2.Reserved | decode_pb2.Attached | IsthmusError
 
 
@@ -167,7 +168,9 @@ class DecodeStream:
                 if self.rearmed is not None:
                     self.rearmed.put(said)
             case decode_pb2.Refused():
-                self.refuse(typed_error(said.reason, said.detail, retry_after_s=said.retry_after_ms / 1000 or None), now)
+                self.refuse(
+                    typed_error(said.reason, said.detail, retry_after_s=said.retry_after_ms / 1000 or None), now
+                )
             case decode_pb2.StreamEnded():
                 self.finish(said, now)
             case decode_pb2.Detached():

@@ -194,9 +194,7 @@ class GrpcPrefillLink:
     def close(self) -> None:
         self._tasks.start(self._channel.close(CHANNEL_CLOSE_S), name="close")
 
-    async def _read(
-        self, request: prefill_pb2.PrefillRequest, listener: PrefillListener, timeout_s: float
-    ) -> None:
+    async def _read(self, request: prefill_pb2.PrefillRequest, listener: PrefillListener, timeout_s: float) -> None:
         """Never raises but by cancellation: the listener learns everything."""
         error: IsthmusError = WorkerLost("the prefill worker ended the call early")
         try:

@@ -4,7 +4,6 @@ A core: waits are those of the request's routine, bounded, in order of admission
 """
 
 from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -12,47 +11,19 @@ from typing import Self
 from isthmus.convert import request_to_proto
 from isthmus.errors import InvalidRequest, IsthmusError, NumericsMismatch, Overloaded, StaleOwner, WorkersUnavailable
 from isthmus.routine import Routine
-from isthmus.types import FinishReason, Request
+from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, prefill_pb2, types_pb2
 from router.pool import policy
-from router.pool.admission import Admission, Order
+from router.pool.admission import Admission
 from router.pool.decode_stream import DecodeStream, Failed, Source
-from router.pool.policy import NumericsClass, PrefixAffinity
+from router.pool.policy import Need, NumericsClass, PrefixAffinity
 from router.pool.session import ANSWER_TIMEOUT_S
 from router.pool.worker_pool import DecodeWorker, PrefillWorker, WorkerPool
 
 RETRY_INTERVAL_S = 0.25  # asks full workers again, also when this router saw no room come
 GONE_WAIT_S = 2.0  # for a worker to come back
-RECOVERY_WAIT_S = 30.0  # the same for a request that had its place: longer than a worker takes to start
 MOVE_ANSWER_S = 0.3  # to the reservation of a running stream
 RETRY_AFTER_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What one attempt at a request needs of the workers, and how long it may wait, on the router's clock."""
-
-    request: Request  # numerics_digest set
-    numerics: NumericsClass
-    order: Order
-    prefixes: Sequence[bytes]  # of the prompt, for affinity
-    queue_deadline: float
-    deadline: float
-    retention_s: int = 0  # 0: the request ends with its client
-    counter: int = 0  # of the attach
-    avoid: AbstractSet[str] = frozenset()  # workers that failed this request before, if there are others
-    is_patient: bool = False  # it had its place and lost it: it waits longer for a worker to exist
-    holds_blocks: bool = False  # others may wait for those: it waits for nobody's turn at prefill
-    moves: bool = False  # another decode worker brings the blocks
-
-    def with_patience(self, now: float) -> "Need":
-        """For another try, when a worker was lost."""
-        return replace(self, is_patient=True, queue_deadline=min(self.deadline, now + RECOVERY_WAIT_S))
-
-    @property
-    def num_positions(self) -> int:
-        """Cache positions the request may need: the last token's own latent is never stored."""
-        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - 1
 
 
 @dataclass(eq=False, slots=True)
@@ -126,6 +97,7 @@ class DecodePlace:
     worker: DecodeWorker
     stream: DecodeStream
     num_blocks: int
+    is_over: bool = False
 
     def __enter__(self) -> Self:
         return self
@@ -137,10 +109,12 @@ class DecodePlace:
         self.stream.source.close()
 
     def give_up(self) -> None:
-        """The worker is told to free everything. The source stays open: another worker may be asked for it."""
-        self.stream.end(FinishReason.CANCELLED)
-        self.worker.reserved_blocks -= self.num_blocks
-        self.stream.session.forget(self.stream)
+        """Once: the worker is told to free everything. The source stays open: another worker may be asked for it."""
+        if not self.is_over:
+            self.is_over = True
+            self.stream.end(FinishReason.CANCELLED)
+            self.worker.reserved_blocks -= self.num_blocks
+            self.stream.session.forget(self.stream)
 
 
 class Placement:

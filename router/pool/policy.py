@@ -3,7 +3,10 @@
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from isthmus.types import Request
+from router.pool.admission import Order
 
 NO_NEW_WORK_S = 1.0  # without progress for this long: gets nothing new
 LOST_S = 3.0  # without progress for this long: its requests go elsewhere
@@ -11,6 +14,7 @@ LOST_S = 3.0  # without progress for this long: its requests go elsewhere
 MAX_TOKENS_AHEAD = 512
 STRIDE_TOKENS = 64  # prefixes are remembered at multiples of the tile
 MAX_PREFIXES = 65_536
+RECOVERY_WAIT_S = 30.0  # for a worker to exist, of a request that had its place: longer than a worker takes to start
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,33 @@ class NumericsClass:
     model_digest: str
     layout_fingerprint: str
     numerics_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one attempt at a request needs of the workers, and how long it may wait, on the router's clock."""
+
+    request: Request  # numerics_digest set
+    numerics: NumericsClass
+    order: Order
+    prefixes: Sequence[bytes]  # of the prompt, for affinity
+    queue_deadline: float
+    deadline: float
+    retention_s: int = 0  # 0: the request ends with its client
+    counter: int = 0  # of the attach
+    avoid: AbstractSet[str] = frozenset()  # workers that failed this request before, if there are others
+    is_patient: bool = False  # it had its place and lost it: it waits longer for a worker to exist
+    holds_blocks: bool = False  # others may wait for those: it waits for nobody's turn at prefill
+    moves: bool = False  # another decode worker brings the blocks
+
+    def with_patience(self, now: float) -> "Need":
+        """For another try, when a worker was lost."""
+        return replace(self, is_patient=True, queue_deadline=min(self.deadline, now + RECOVERY_WAIT_S))
+
+    @property
+    def num_positions(self) -> int:
+        """Cache positions the request may need: the last token's own latent is never stored."""
+        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)

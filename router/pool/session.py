@@ -28,6 +28,7 @@ ANSWER_TIMEOUT_S = 2.0  # to a reservation, an attach or a rearm
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.05, 1.0
 _log = get_logger("router.session")
 
+
 @dataclass(frozen=True, slots=True)
 class SessionPeer:
     """Both ends of a session."""
@@ -222,9 +223,7 @@ class Session:
             _log.info("session.given_up", worker=self.peer.decode_name, why=why)
             self.on_change()
 
-    def _begin(
-        self, request_id: str, counter: int, source: Source, now: float, *, next_index: int = 0
-    ) -> DecodeStream:
+    def _begin(self, request_id: str, counter: int, source: Source, now: float, *, next_index: int = 0) -> DecodeStream:
         if not self.is_alive:
             raise WorkersUnavailable("no session with the decode worker")
         if (other := self._streams.get(request_id)) is not None:  # resumed at the router that still has it
