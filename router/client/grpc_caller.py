@@ -1,4 +1,4 @@
-"""The public gRPC face: a driver between calls and request lives. Prompts arrive as raw bytes, bounded before parsed."""
+"""The public gRPC face: a driver between calls and request lives. Prompts come as raw bytes, bounded before parsing."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ class GrpcCaller:
         self._changed.set()
 
     async def pass_on(self, life: RequestLife, clock: LoopClock) -> None:
-        """Writes what the life tells, until it ends. Raises what it ended with; CancelledError when the client is gone."""
+        """Writes what the life tells, until it ends. Raises what it ended with; CancelledError: the client is gone."""
         try:
             while True:
                 await self._changed.wait()

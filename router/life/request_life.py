@@ -68,7 +68,7 @@ class Lives:
         """Ends a request of this router, or a stream of any; whether anybody had it."""
         if (life := self._by_request.get(request_id)) is not None:
             life.interrupt(RequestCancelled("cancelled by a Cancel call"))
-            on_answer(True)
+            on_answer(True)  # noqa: FBT003 - what a future takes
         else:
             StreamCancel(self.locator, self.drive).begin(request_id, on_answer)
 
@@ -118,7 +118,7 @@ class RequestLife:
             at = self._routine.turn(now)
         except Interrupted as interrupted:
             self._end(interrupted.cause)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the routine's root: its caller is told
             self._end(error)
         else:
             if not self._routine.is_over:
@@ -170,7 +170,9 @@ class RequestLife:
             numerics = await self._lives.parts.placement.numerics_class(queue_deadline, self._routine)
             need = self._need(opened, order, numerics, queue_deadline)
             await self._tell(opened.accepted(numerics))
-            self._record(opened, "request.accepted", num_prompt_tokens=len(opened.request.prompt_token_ids))
+            opened.record(
+                self._lives.parts.ledger, "request.accepted", num_prompt_tokens=len(opened.request.prompt_token_ids)
+            )
             await self._try_until_done(opened, need, None)
 
         await self._with_slot(opened, work)
@@ -188,7 +190,7 @@ class RequestLife:
             async def work(order: Order) -> None:
                 need = self._need(opened, order, place.worker.numerics, self._queue_deadline(opened))
                 await self._tell(opened.accepted(place.worker.numerics))
-                self._record(opened, "request.resumed", index=opened.delivery.num_tokens)
+                opened.record(self._lives.parts.ledger, "request.resumed", index=opened.delivery.num_tokens)
                 await self._try_until_done(opened, need, place)
 
             await self._with_slot(opened, work)
@@ -213,15 +215,14 @@ class RequestLife:
         came_at = self._routine.now
         with admission.slot(order, self._routine.wake) as slot:
             await slot.comes(self._routine, self._queue_deadline(opened))
-            self._record(opened, "request.queued", ms=round(1000 * (self._routine.now - came_at), 1))
+            opened.record(self._lives.parts.ledger, "request.queued", ms=round(1000 * (self._routine.now - came_at), 1))
             try:
                 await work(order)
                 self._lives.parts.failpoints.hit("router.before_finished")
                 await self._tell(self._finished(opened))
             except BaseException as error:  # the client gone included
-                self._record(
-                    opened, "request.failed", cause=reason_of(error.cause if isinstance(error, Interrupted) else error)
-                )
+                cause = error.cause if isinstance(error, Interrupted) else error
+                opened.record(self._lives.parts.ledger, "request.failed", cause=reason_of(cause))
                 raise
 
     async def _try_until_done(self, opened: OpenedRequest, need: Need, attached: DecodePlace | None) -> None:
@@ -316,11 +317,10 @@ class RequestLife:
 
     def _finished(self, opened: OpenedRequest) -> inference_pb2.GenerateResponse:
         reason = opened.delivery.finish_reason or FinishReason.CANCELLED
-        self._record(opened, "request.finished", cause=reason.value, num_tokens=opened.delivery.num_tokens)
+        opened.record(
+            self._lives.parts.ledger, "request.finished", cause=reason.value, num_tokens=opened.delivery.num_tokens
+        )
         return opened.finished(self._routine.now)
-
-    def _record(self, opened: OpenedRequest, event: str, *, cause: str = "", **fields: object) -> None:
-        opened.record(self._lives.parts.ledger, event, cause=cause, **fields)
 
     def _end(self, error: BaseException | None) -> None:
         """Once. A request that was cancelled and told so has no error for its client."""

@@ -1,1 +1,1 @@
-"""The workers as a router knows them: who may enter, where a request goes, sessions, and the drivers that reach them."""
+"""The workers as a router knows them: who may enter, where a request goes, sessions, and what reaches them."""

@@ -1,4 +1,4 @@
-"""The router's connections: sessions and Prefill calls over gRPC, the registry's view from Redis. They decide nothing."""
+"""The router's connections: sessions and Prefill calls over gRPC, the registry's view. They decide nothing."""
 
 import asyncio
 import contextlib
@@ -189,7 +189,11 @@ class GrpcPrefillLink:
         self, request: prefill_pb2.PrefillRequest, listener: PrefillListener, timeout_s: float
     ) -> Callable[[], None]:
         task = self._tasks.start(self._read(request, listener, timeout_s), name="prefill-call")
-        return task.cancel
+
+        def drop() -> None:
+            task.cancel()
+
+        return drop
 
     def close(self) -> None:
         self._tasks.start(self._channel.close(CHANNEL_CLOSE_S), name="close")
