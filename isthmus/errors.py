@@ -152,3 +152,8 @@ class CannotStart(IsthmusError):
     def __init__(self, setting: str, problem: str, mend: str):
         super().__init__(f"cannot start: {setting}: {problem}. To mend it: {mend}")
         self.setting = setting
+
+
+def reason_of(error: BaseException) -> str:
+    """A word for logs and ledgers: the reason of an expected failure, the type's name of any other."""
+    return error.reason if isinstance(error, IsthmusError) else type(error).__name__

@@ -7,7 +7,7 @@ driver learns from `turn` when to call again; a test or a simulator calls it wit
 
 import types
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 FOREVER = float("inf")
 
@@ -119,3 +119,28 @@ class Routine:
             raise
         finally:
             self._is_running = False
+
+
+ValueT = TypeVar("ValueT")
+
+
+class Answer(Generic[ValueT]):
+    """A value that somebody puts in later, for a routine that waits for it. The first one counts."""
+
+    def __init__(self, wake: Callable[[], None]):
+        self._wake = wake
+        self._values: list[ValueT] = []
+
+    @property
+    def has_come(self) -> bool:
+        return bool(self._values)
+
+    @property
+    def value(self) -> ValueT:
+        """Only once it has come."""
+        return self._values[0]
+
+    def put(self, value: ValueT) -> None:
+        if not self._values:
+            self._values.append(value)
+            self._wake()

@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.checkpoint.hub import model_name
-from isthmus.clock import SystemClock
+from isthmus.clock import LoopClock, SystemClock
 from isthmus.config import RouterConfig
 from isthmus.failpoints import Failpoints
 from isthmus.ids import SystemIds
@@ -14,19 +15,23 @@ from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity, ServiceHooks
 from isthmus.process.health import HealthState
+from isthmus.process.loop_driver import LoopDriver
 from isthmus.process.rpc import PUBLIC_RECEIVE_BYTES, channel
 from isthmus.process.serving import Face, Stop, serve_until_signal
 from isthmus.text.tokenizer import Tokenizer
 from isthmus.text.workers import TextWorkers
 from isthmus.v1 import admin_pb2
 from kv_transfer.ownership.store import OpenStore, connected
-from router.admission import Admission
-from router.dispatch import Dispatch, DispatchSettings
-from router.locate import Locator
-from router.placement import Placement
-from router.server import SERVICE, Backend, InferenceServer
-from router.validate import ModelFacts
-from router.worker_pool import WorkerPool
+from router.client.grpc_caller import SERVICE, Backend, InferenceServer
+from router.client.opened_request import RequestOpener, count_request
+from router.client.validate import ModelFacts
+from router.life.locate import Locator
+from router.life.parts import LifeParts
+from router.life.request_life import Lives
+from router.pool.admission import Admission
+from router.pool.drivers import GrpcWorkerLinks, Registry
+from router.pool.placement import Placement
+from router.pool.worker_pool import WorkerPool
 
 _POOL_CLOSE_S = 0.5
 
@@ -63,24 +68,28 @@ class Router:
             text = stack.enter_context(
                 TextWorkers(tokenizer, max_prompt_bytes=self._config.max_prompt_bytes, max_tokens=model.context_length)
             )
-            pool = self._pool = WorkerPool(
-                store,
-                incarnation=self._identity.incarnation,
-                model_digest=model.digest,
-                connect=channel,
-                clock=self._clock,
-                ledger=self._ledger,
+            links = GrpcWorkerLinks(channel, self._clock)
+            stack.push_async_callback(links.close)
+            pool = WorkerPool(self._identity.incarnation, model.digest, links, self._ledger)
+            self._pool = pool
+            registry = Registry(store, self._clock)
+            stack.push_async_callback(registry.close)
+            await stack.enter_async_context(_watching(registry, pool, self._clock, stop))
+            lives = Lives(
+                LifeParts(
+                    Placement(pool, self._admission),
+                    self._ledger,
+                    self._config.name,
+                    self._config.queue_timeout_s,
+                    Failpoints.parse(self._config.failpoints),
+                ),
+                self._admission,
+                Locator(pool, registry),
+                RequestOpener(model, tokenizer.detokenizer, SystemIds()),
+                drive=lambda turn: LoopDriver(turn, self._clock, stop.request),
+                on_end=partial(count_request, self._metrics),
             )
-            await stack.enter_async_context(_watching(pool, stop))
-            placement = Placement(pool, self._admission, self._clock)
-            settings = DispatchSettings(
-                self._config.name, self._config.queue_timeout_s, Failpoints.parse(self._config.failpoints)
-            )
-            locator = Locator(pool, self._clock)
-            dispatch = Dispatch(placement, self._admission, locator, settings, clock=self._clock, ledger=self._ledger)
-            self._server.backend = Backend(
-                dispatch, Locator(pool, self._clock), model, text, self._metrics, self._clock
-            )
+            self._server.backend = Backend(lives, model, text, self._clock)
             self._health.ready()
             yield
 
@@ -89,7 +98,7 @@ class Router:
             model=self._config.model,
             num_streams=self._server.num_streams,
             num_queued=self._admission.num_queued,
-            workers=self._pool.status() if self._pool else [],
+            workers=self._pool.status(self._clock.now()) if self._pool else [],
         )
 
 
@@ -108,17 +117,18 @@ def _open_model(config: RouterConfig) -> tuple[ModelFacts, Tokenizer]:
 
 
 @contextlib.asynccontextmanager
-async def _watching(pool: WorkerPool, stop: Stop) -> AsyncIterator[None]:
-    """The pool's own task; should it fail, the process ends rather than serve from an old view."""
+async def _watching(registry: Registry, pool: WorkerPool, clock: LoopClock, stop: Stop) -> AsyncIterator[None]:
+    """The registry's watch; should it fail, the process ends rather than serve from an old view."""
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
             stop.request(error)
 
-    watching = asyncio.create_task(pool.run(), name="worker-pool")
+    watching = asyncio.create_task(registry.watch(pool), name="worker-pool")
     watching.add_done_callback(ended)
     try:
         yield
     finally:
         watching.cancel()
         await asyncio.wait({watching}, timeout=_POOL_CLOSE_S)
+        pool.close(clock.now())

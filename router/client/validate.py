@@ -1,4 +1,8 @@
-"""What a request may ask, checked once: every refusal names its field, what was given and what is allowed. Pure."""
+"""What a request may ask, checked once: every refusal names its field, what was given and what is allowed. Pure.
+
+Raw bytes are bounded before protobuf builds objects of them, because parsing holds the event loop. That is also the
+only place where two inputs can be told from one: a parsed oneof keeps the last.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,10 +12,26 @@ from google.protobuf.message import DecodeError
 
 from isthmus.convert import sampling_from_proto
 from isthmus.errors import InvalidRequest, ModelNotFound
+from isthmus.process import protobuf_scan
 from isthmus.types import SamplingParams
 from isthmus.v1 import inference_pb2, types_pb2
-from router.wire_scan import MAX_LOGIT_BIAS, MAX_STOP, check_wire
 
+MAX_FIELDS = 64  # top-level occurrences; a proper request has at most eleven
+MAX_STOP = 16
+MAX_LOGIT_BIAS = 1024
+MAX_MESSAGES = 1024
+_MAX_SAMPLING_BYTES = 64 << 10
+_MAX_ENTRY_BYTES = 4 << 10  # of one entry of `sampling`
+# Field numbers of GenerateRequest: the oneof, and what else may be long.
+_INPUTS = {3: "prompt", 4: "token_ids", 5: "chat"}
+_LONG = {**_INPUTS, 1: "client_request_id", 2: "model", 7: "emitted_token_ids", 11: "tenant"}
+_SAMPLING = 6
+# What repeats inside of these two: number -> name, most entries. Packed numbers are bounded by bytes instead.
+_REPEATED = {
+    5: {1: ("chat.messages", MAX_MESSAGES)},
+    _SAMPLING: {8: ("sampling.stop", MAX_STOP), 16: ("sampling.logit_bias", MAX_LOGIT_BIAS)},
+}
+_MAX_NESTED_FIELDS = 4096
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
@@ -46,6 +66,43 @@ def parse_request(raw: bytes, max_prompt_bytes: int) -> inference_pb2.GenerateRe
     except DecodeError as error:
         allowed = "a serialised isthmus.v1.GenerateRequest, its strings in UTF-8"
         raise InvalidRequest.of("request", "bytes that cannot be read", allowed) from error
+
+
+def check_wire(raw: bytes, max_prompt_bytes: int) -> None:
+    """Raises InvalidRequest naming the field that is too large, given twice, or unreadable; its own work is bounded."""
+    inputs: set[int] = set()
+    num_bytes: dict[int, int] = {}
+    for count, (number, start, end) in enumerate(protobuf_scan.fields(raw, 0, len(raw), "request"), 1):
+        if count > MAX_FIELDS:
+            raise InvalidRequest.of("request", f"more than {MAX_FIELDS} fields", "each field once")
+        inputs |= {number} & _INPUTS.keys()
+        num_bytes[number] = num_bytes.get(number, 0) + end - start
+        if num_bytes[number] > max_prompt_bytes and number != _SAMPLING:
+            given, allowed = f"{num_bytes[number]} bytes", f"at most {max_prompt_bytes} bytes"
+            raise InvalidRequest.of(_LONG.get(number, "request"), given, allowed)
+        if number in _REPEATED:
+            _check_wire_entries(raw, start, end, number)
+        if number == _SAMPLING and end - start > _MAX_SAMPLING_BYTES:
+            raise InvalidRequest.of("sampling", f"{end - start} bytes", f"at most {_MAX_SAMPLING_BYTES} bytes")
+    if len(inputs) > 1:
+        given = " and ".join(_INPUTS[number] for number in sorted(inputs))
+        raise InvalidRequest.of("input", given, "one of prompt, token_ids, chat")
+
+
+def _check_wire_entries(raw: bytes, start: int, end: int, parent: int) -> None:
+    """Counts the entries of what repeats in the message in raw[start:end]."""
+    name = "sampling" if parent == _SAMPLING else "chat"
+    counts = dict.fromkeys(_REPEATED[parent], 0)
+    for seen, (number, first, after) in enumerate(protobuf_scan.fields(raw, start, end, name)):
+        if number in counts:
+            counts[number] += 1
+            field, most = _REPEATED[parent][number]
+            if parent == _SAMPLING and after - first > _MAX_ENTRY_BYTES:
+                raise InvalidRequest.of(field, f"{after - first} bytes", f"at most {_MAX_ENTRY_BYTES}")
+            if counts[number] > most:
+                raise InvalidRequest.of(field, f"more than {most} entries", f"at most {most} entries")
+        if seen >= _MAX_NESTED_FIELDS:
+            raise InvalidRequest.of(name, f"more than {_MAX_NESTED_FIELDS} fields", "each field as often as it may be")
 
 
 def check_request(message: inference_pb2.GenerateRequest, model: ModelFacts) -> None:
