@@ -55,7 +55,8 @@ class VirtualTime:
         """Runs until the condition holds. Raises AssertionError when it does not within `limit_s` of virtual time."""
         end = self._now + limit_s
         while not condition():
-            assert self._calls and self._calls[0].at <= end, f"not within {limit_s} s: {what}"
+            is_due = bool(self._calls) and self._calls[0].at <= end
+            assert is_due, f"not within {limit_s} s: {what}"
             self._run_next()
 
     def run_for(self, seconds: float) -> None:
