@@ -42,7 +42,7 @@ class Router:
     def __init__(self, config: RouterConfig, open_store: OpenStore):
         self._config = config
         self._open_store = open_store
-        self._identity = Identity(config.name, "router", SystemIds().incarnation())
+        self.identity = Identity(config.name, "router", SystemIds().incarnation())
         self._health = HealthState()
         self._ledger = Ledger()
         self._metrics = Metrics()
@@ -55,7 +55,7 @@ class Router:
         """Returns after a drain; raises CannotStart when a setting is in the way."""
         hooks = ServiceHooks(self._status, self._server.drain, self._ledger, self._metrics)
         face = Face(
-            self._config, self._identity, self._health, hooks, SERVICE, self._server.register, PUBLIC_RECEIVE_BYTES
+            self._config, self.identity, self._health, hooks, SERVICE, self._server.register, PUBLIC_RECEIVE_BYTES
         )
         await serve_until_signal(face, self._work)
 
@@ -70,7 +70,7 @@ class Router:
             )
             links = GrpcWorkerLinks(channel, self._clock)
             stack.push_async_callback(links.close)
-            pool = WorkerPool(self._identity.incarnation, model.digest, links, self._ledger)
+            pool = WorkerPool(self.identity.incarnation, model.digest, links, self._ledger)
             self._pool = pool
             registry = Registry(store, self._clock)
             stack.push_async_callback(registry.close)
@@ -86,7 +86,7 @@ class Router:
                 self._admission,
                 Locator(pool, registry),
                 RequestOpener(model, tokenizer.detokenizer, SystemIds()),
-                drive=lambda turn: LoopDriver(turn, self._clock, stop.request),
+                drive=partial(LoopDriver, clock=self._clock, on_failure=stop.request),
                 on_end=partial(count_request, self._metrics),
             )
             self._server.backend = Backend(lives, model, text, self._clock)

@@ -21,6 +21,7 @@ from isthmus.types import FinishReason, Request
 from isthmus.v1 import decode_pb2, inference_pb2, prefill_pb2, types_pb2
 from router.client.caller import ClientGone
 from router.client.validate import ModelFacts, complete_sampling, retention_s
+from router.pool.decode_stream import DecodeStream
 from router.pool.policy import NumericsClass
 
 
@@ -160,6 +161,7 @@ class OpenedRequest:
     counter: int = 0  # of the latest attach
     num_attempts: int = 0
     num_cached_tokens: int = 0
+    stream: DecodeStream | None = None  # while decode has it
     served_by: inference_pb2.ServedBy = field(default_factory=inference_pb2.ServedBy)
 
     @property

@@ -4,44 +4,24 @@ Either source of tokens may fail while the other still finishes the request. Wha
 `recovery`, moves to another decode worker are in `moving`.
 """
 
-from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self
 
 from isthmus.convert import request_to_proto
 from isthmus.errors import IsthmusError, StaleOwner, TransferIncomplete
-from isthmus.routine import FOREVER, Routine
+from isthmus.routine import FOREVER
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, inference_pb2, prefill_pb2, types_pb2
-from router.client.opened_request import OpenedRequest
 from router.life.losses import AttemptFailed, Role, raise_early_end
 from router.life.moving import Moving
-from router.life.parts import LifeParts
+from router.life.parts import AttemptContext
 from router.pool.decode_stream import Arrival, Failed, Source, WorkerEvent
-from router.pool.placement import DecodePlace, Placement, PrefillPlace
+from router.pool.placement import DecodePlace, PrefillPlace
 from router.pool.policy import Need
 
 DONE_WAIT_S = 1.0  # for prefill's figures, once everything else is there
 CLAIM_WAIT_S = 0.5  # for decode's first word, when nothing should be missing any more
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptContext:
-    """What one request's life and its attempts share; they are one routine."""
-
-    parts: LifeParts
-    routine: Routine
-    opened: OpenedRequest
-    tell: Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
-    on_progress: Callable[["Attempt"], None]  # something came: what went wrong before may be over
-
-    @property
-    def placement(self) -> Placement:
-        return self.parts.placement
-
-    def record(self, event: str, *, cause: str = "", transfer_id: str = "", **fields: object) -> None:
-        self.opened.record(self.parts.ledger, event, cause=cause, transfer_id=transfer_id, **fields)
 
 
 class Attempt:
@@ -60,7 +40,7 @@ class Attempt:
         self._is_prefill_computing = False
         self._is_prefill_over = False
         self.need = need
-        self.decode_source = source
+        self._source = source
         self.decode: DecodePlace | None = None
         self.prefill: PrefillPlace | None = None
         self.missing: list[types_pb2.Extent] = []  # what prefill has to bring
@@ -73,6 +53,7 @@ class Attempt:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._opened.stream = None
         if self.moving is not None:
             self.moving.close()
         self._held.close()
@@ -82,7 +63,7 @@ class Attempt:
         placement = self._context.parts.placement
         try:
             prefill = self._held.enter_context(await placement.prefill(self.need, self._routine))
-            decode = await placement.decode(self.need, self.decode_source, self._routine)
+            decode = await placement.decode(self.need, self._source, self._routine)
         except StaleOwner as refused:  # an earlier reservation is still held there: the next counter is higher
             raise AttemptFailed("decode", refused, was_computing=False) from refused
         self.take_decode(decode)
@@ -90,16 +71,20 @@ class Attempt:
         self.take_prefill(prefill, list(decode.stream.reserved.missing))
         self._context.parts.failpoints.hit("router.placed")
 
-    def take_attached(self, place: DecodePlace) -> None:
-        """Goes on with a stream that was attached; nobody has to fill it."""
+    def take_attached(self, place: DecodePlace) -> bool:
+        """Goes on with a stream that was attached; nobody has to fill it. False: the client has every token already."""
         self.take_decode(place)
         self.transfer_attempt = 0
         self._opened.served_by.router = self._context.parts.router_name
+        is_whole = self._opened.delivery.finish_reason is not None
+        if is_whole:
+            place.stream.let_go()  # the worker keeps it for its retention
+        return not is_whole
 
     def take_decode(self, place: DecodePlace) -> None:
         """Decode's place from now on: what is done to its stream is done there."""
         self.decode = self._held.enter_context(place)
-        self.decode_source = place.stream.source
+        self._opened.stream = place.stream
         self.moving = Moving() if place.worker.session.is_leaving else None
         self._opened.served_by.decode = place.worker.record.name
 
@@ -111,7 +96,8 @@ class Attempt:
         names = {"prefill": place.worker.record.name, "decode": self.stream_place.worker.record.name}
         self._opened.served_by.router = self._context.parts.router_name
         self._opened.served_by.prefill = names["prefill"]
-        self._context.record("request.placed", transfer_id=self.stream_place.stream.reserved.transfer_id, **names)
+        transfer_id = self.stream_place.stream.reserved.transfer_id
+        self._opened.record(self._context.parts.ledger, "request.placed", transfer_id=transfer_id, **names)
 
     @property
     def stream_place(self) -> DecodePlace:
@@ -177,7 +163,8 @@ class Attempt:
             opened.num_cached_tokens = max(opened.num_cached_tokens, self._first_token.num_cached_tokens)
         if opened.delivery.finish_reason is not None:
             self._end_stream(opened.delivery.finish_reason)
-        self._context.on_progress(self)
+        if self._context.recovery is not None:
+            self._context.recovery.progressed(self)
         self._context.parts.failpoints.hit("router.before_token")
         await self.flush()
 

@@ -1,8 +1,10 @@
 """What follows a failure: another prefill worker for what is missing, another attempt elsewhere, or the end."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from isthmus.errors import (
+    AttachedElsewhere,
     Draining,
     IsthmusError,
     Overloaded,
@@ -12,9 +14,12 @@ from isthmus.errors import (
     WorkersUnavailable,
 )
 from isthmus.v1 import decode_pb2
-from router.life.attempt import Attempt, AttemptContext
+from router.life.attempt import Attempt
+from router.life.locate import Locator
 from router.life.losses import AttemptFailed, Losses
+from router.life.parts import AttemptContext, ClaimedAttempt
 from router.pool.admission import Admission, Turn
+from router.pool.decode_stream import Inbox, Source
 from router.pool.policy import Need
 from router.pool.session import ANSWER_TIMEOUT_S
 
@@ -26,14 +31,66 @@ _RETRYABLE = (WorkerLost, WorkersUnavailable, Draining, Overloaded, StaleOwner, 
 class Recovery:
     """Of one request, from its first failure on. Written by the request's routine."""
 
-    def __init__(self, context: AttemptContext, admission: Admission):
+    def __init__(
+        self, context: AttemptContext, admission: Admission, locator: Locator, make_inbox: Callable[[], Inbox]
+    ):
         self._context = context
         self._admission = admission
+        self._locator = locator
+        self._make_inbox = make_inbox
         self._losses = Losses()
         self._avoid: set[str] = set()  # workers that failed this request
         self._lost_at: float | None = None  # a worker was lost, and decode has not spoken since
         self._alone: Turn | None = None  # held while a suspect gets its next token
         self._num_tokens_before = 0  # when it was taken
+        context.recovery = self
+
+    async def mend(self, attempt: Attempt, failed: AttemptFailed) -> None:
+        """Goes on with the attempt as long as only prefill workers fail. Raises AttemptFailed when decode is lost."""
+        while True:
+            await attempt.flush()  # what came before the failure is good
+            if failed.role == "decode" or attempt.prefill is None:
+                raise failed
+            await self._refill(attempt, failed)
+            try:
+                await attempt.run()
+            except AttemptFailed as again:
+                failed = again
+            else:
+                return
+
+    async def try_again(self, need: Need, failed: AttemptFailed, has_left: Callable[[], bool]) -> None:
+        """Attempt after attempt: each replays what the client has and computes the same tokens from there.
+
+        Raises what ends the request.
+        """
+        while True:
+            self.judge(failed)
+            request_id = need.request.request_id
+            if has_left() and await self._locator.has(request_id, self._context.routine):
+                raise AttachedElsewhere("its client has gone on with another copy") from failed
+            need = self.next_need(need)
+            try:
+                await self._try_once(need)
+            except AttemptFailed as again:
+                failed = again
+            else:
+                return
+
+    async def _try_once(self, need: Need) -> None:
+        opened = self._context.opened
+        opened.num_attempts += 1
+        opened.counter += 1
+        try:
+            await self.isolate(need)
+            with Attempt(self._context, replace(need, counter=opened.counter), Source(self._make_inbox())) as attempt:
+                await attempt.place()
+                try:
+                    await attempt.run()
+                except AttemptFailed as failed:
+                    await self.mend(attempt, failed)
+        finally:
+            self.leave_quarantine()
 
     def next_need(self, need: Need) -> Need:
         """For another attempt: what the client has is replayed, the worker that failed is avoided."""
@@ -54,7 +111,7 @@ class Recovery:
         elif failed.was_computing:
             self._losses.note_worker_lost(failed.role, num_tokens, has_others=failed.has_others)
 
-    async def refill(self, attempt: Attempt, failed: AttemptFailed) -> None:
+    async def _refill(self, attempt: Attempt, failed: AttemptFailed) -> None:
         """A prefill worker failed, decode has the reservation still: another one brings what is missing.
 
         Raises AttemptFailed when decode is lost too, or what ends the request.
@@ -80,7 +137,7 @@ class Recovery:
         self._alone = self._admission.quarantine.enter(need.order, routine.wake)
         await self._alone.comes(routine, need.queue_deadline)
 
-    def progressed(self, attempt: Attempt) -> None:
+    def progressed(self, attempt: ClaimedAttempt) -> None:
         """Something came, perhaps a token, perhaps decode's first word."""
         if self._alone is not None and self._context.opened.delivery.num_tokens > self._num_tokens_before:
             self.leave_quarantine()

@@ -26,10 +26,10 @@ from isthmus.types import FinishReason
 from isthmus.v1 import inference_pb2
 from router.client.caller import Caller, ClientGone, ResumeWish
 from router.client.opened_request import OpenedRequest, RequestOpener
-from router.life.attempt import Attempt, AttemptContext
+from router.life.attempt import Attempt
 from router.life.locate import Locator, StreamCancel
 from router.life.losses import AttemptFailed
-from router.life.parts import LifeParts
+from router.life.parts import AttemptContext, LifeParts
 from router.life.recovery import Recovery
 from router.pool.admission import Admission, Order
 from router.pool.decode_stream import Inbox, Source
@@ -98,8 +98,6 @@ class RequestLife:
         self._driver: Driver = lives.drive(self.turn)
         self._routine = Routine(self._driver.ready)
         self._opened: OpenedRequest | None = None
-        self._attempt: Attempt | None = None
-        self._recovery: Recovery | None = None
         self._is_telling = False
         self._is_known = False  # the client has been told the request's id: it can come back for it
         self._has_left = False
@@ -151,19 +149,16 @@ class RequestLife:
 
     def hand_on(self, why: IsthmusError) -> None:
         """Ends the call, and leaves the stream with its decode worker if that keeps it for whoever resumes it."""
-        place = self._attempt.decode if self._attempt is not None else None
-        keeps = self._opened is not None and bool(self._opened.retention_s)
-        if keeps and place is not None and place.stream.is_claimed:
-            place.stream.let_go()
+        stream = self._opened.stream if self._opened is not None and self._opened.retention_s else None
+        if stream is not None and stream.is_claimed:
+            stream.let_go()
             self.interrupt(why)
 
     async def _serve(self, opened: OpenedRequest) -> None:
         """Tells `accepted`, tokens and `finished`. Raises what ended the request instead of `finished`."""
 
         async def work(order: Order) -> None:
-            if (
-                opened.delivery.finish_reason is not None
-            ):  # all its tokens were emitted before: only the end was missing
+            if opened.delivery.finish_reason is not None:  # it was emitted whole: only the end was missing
                 await self._tell(opened.accepted(NumericsClass("", "", "")))
                 return
             queue_deadline = self._queue_deadline(opened)
@@ -173,7 +168,7 @@ class RequestLife:
             opened.record(
                 self._lives.parts.ledger, "request.accepted", num_prompt_tokens=len(opened.request.prompt_token_ids)
             )
-            await self._try_until_done(opened, need, None)
+            await self._attempts(opened, need, None)
 
         await self._with_slot(opened, work)
 
@@ -191,7 +186,7 @@ class RequestLife:
                 need = self._need(opened, order, place.worker.numerics, self._queue_deadline(opened))
                 await self._tell(opened.accepted(place.worker.numerics))
                 opened.record(self._lives.parts.ledger, "request.resumed", index=opened.delivery.num_tokens)
-                await self._try_until_done(opened, need, place)
+                await self._attempts(opened, need, place)
 
             await self._with_slot(opened, work)
 
@@ -225,57 +220,25 @@ class RequestLife:
                 opened.record(self._lives.parts.ledger, "request.failed", cause=reason_of(cause))
                 raise
 
-    async def _try_until_done(self, opened: OpenedRequest, need: Need, attached: DecodePlace | None) -> None:
-        """Another attempt replays what the client has and computes the same tokens from there."""
-        context = AttemptContext(self._lives.parts, self._routine, opened, self._tell, self._progressed)
-        while True:
-            opened.num_attempts += 1
-            try:
-                await self._try(context, need, attached)
-            except AttemptFailed as failed:
-                recovery = self._recovering(context)
-                recovery.judge(failed)
-                if self._has_left and await self._lives.locator.has(opened.request.request_id, self._routine):
-                    raise AttachedElsewhere("its client has gone on with another copy") from failed
-                need = recovery.next_need(need)
-            else:
-                return
-            attached = None
-
-    async def _try(self, context: AttemptContext, need: Need, attached: DecodePlace | None) -> None:
-        """One attempt; lost prefill workers are replaced within it. Raises AttemptFailed when decode is lost."""
-        opened = context.opened
-        source = attached.stream.source if attached is not None else Source(self._inbox())
+    async def _attempts(self, opened: OpenedRequest, need: Need, attached: DecodePlace | None) -> None:
+        """One attempt; what fails of it is mended, or followed by others, in `recovery`."""
+        context = AttemptContext(self._lives.parts, self._routine, opened, self._tell)
+        recovery = partial(Recovery, context, self._lives.admission, self._lives.locator, self._inbox)
+        opened.num_attempts += 1
         opened.counter += attached is None
-        with Attempt(context, replace(need, counter=opened.counter), source) as attempt:
-            self._attempt = attempt
-            try:
-                if attached is not None:
-                    attempt.take_attached(attached)
-                    if opened.delivery.finish_reason is not None:  # the client has every token; the worker keeps them
-                        attached.stream.let_go()
-                        return
-                else:
-                    if self._recovery is not None:
-                        await self._recovery.isolate(need)
+        source = attached.stream.source if attached is not None else Source(self._inbox())
+        try:
+            with Attempt(context, replace(need, counter=opened.counter), source) as attempt:
+                if attached is None:
                     await attempt.place()
-                await self._run(attempt, context)
-            finally:
-                self._attempt = None
-                if self._recovery is not None:
-                    self._recovery.leave_quarantine()
-
-    async def _run(self, attempt: Attempt, context: AttemptContext) -> None:
-        while True:
-            try:
-                await attempt.run()
-            except AttemptFailed as failed:
-                await attempt.flush()  # what came before the failure is good
-                if failed.role == "decode" or attempt.prefill is None:
-                    raise
-                await self._recovering(context).refill(attempt, failed)
-            else:
-                return
+                elif not attempt.take_attached(attached):
+                    return
+                try:
+                    await attempt.run()
+                except AttemptFailed as failed:
+                    await recovery().mend(attempt, failed)
+        except AttemptFailed as failed:
+            await (context.recovery or recovery()).try_again(need, failed, lambda: self._has_left)
 
     async def _tell(self, message: inference_pb2.GenerateResponse) -> None:
         """Returns once the caller has passed it on; at once when the client has left."""
@@ -283,16 +246,6 @@ class RequestLife:
             self._is_telling = True
             self._caller.tell(message)
             await self._routine.wait_for(lambda: not self._is_telling or self._has_left)
-
-    def _recovering(self, context: AttemptContext) -> Recovery:
-        """From the first failure on."""
-        if self._recovery is None:
-            self._recovery = Recovery(context, self._lives.admission)
-        return self._recovery
-
-    def _progressed(self, attempt: Attempt) -> None:
-        if self._recovery is not None:
-            self._recovery.progressed(attempt)
 
     def _need(self, opened: OpenedRequest, order: Order, numerics: NumericsClass, queue_deadline: float) -> Need:
         scope = prefix_scope(numerics.layout_fingerprint, tenant=opened.request.tenant)
