@@ -35,9 +35,9 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def sources() -> dict[str, Any]:
-    """Every kernel by name, from the SOURCES of the modules in kernels/."""
+    """Every kernel by name, from the SOURCES of the modules under kernels/."""
     found: dict[str, Any] = {}
-    for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
+    for module in pkgutil.walk_packages(kernels.__path__, "kernels."):
         found.update(getattr(importlib.import_module(module.name), "SOURCES", {}))
     return found
 

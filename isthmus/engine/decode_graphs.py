@@ -23,7 +23,7 @@ from isthmus.kv.slots import slots_at
 from isthmus.model.triton_layers import Rows
 from isthmus.model.triton_model import DecodeInputs, TritonModel
 from isthmus.steps import DecodeRow
-from kernels.mla_schedule import MAX_ROWS, DecodeScratch
+from kernels.attention_decode.schedule import MAX_ROWS, DecodeScratch
 
 GROUP = 16  # every bucket is a multiple of it
 _NUM_STAGES = 3  # pinned buffers: one that is filled, and those whose copies wait behind earlier steps

@@ -28,12 +28,12 @@ CopyRows = Callable[[Tensor, Tensor, Tensor], None]  # cache rows [S, bytes], sl
 
 
 def gather_rows(rows_SB: Tensor, slots_T: Tensor, packed_TB: Tensor) -> None:
-    """What `kernels.blocks.gather_rows` does, in torch."""
+    """What `kernels.latents.transfer.gather_rows` does, in torch."""
     torch.index_select(rows_SB, 0, slots_T, out=packed_TB)
 
 
 def scatter_rows(rows_SB: Tensor, slots_T: Tensor, packed_TB: Tensor) -> None:
-    """What `kernels.blocks.scatter_rows` does, in torch."""
+    """What `kernels.latents.transfer.scatter_rows` does, in torch."""
     rows_SB.index_copy_(0, slots_T, packed_TB)
 
 

@@ -20,8 +20,8 @@ from isthmus.engine.sampler import with_logprobs
 from isthmus.errors import NonFiniteLogits
 from isthmus.steps import SamplingInput, StepResult, has_penalty, tokens_that_end
 from isthmus.types import Request, Token
-from kernels.sampler import MAX_VOCAB, Sampled, SamplerInputs, sample_logits
-from kernels.sampler_rows import END_FLAG, ENTRY_FIELDS, ROW_FIELDS, SEEN_FLAG
+from kernels.sampler.parameters import END_FLAG, ENTRY_FIELDS, ROW_FIELDS, SEEN_FLAG
+from kernels.sampler.sample import MAX_VOCAB, Sampled, SamplerInputs, sample_logits
 from kernels.table import Config
 
 _ROW = np.dtype(list(ROW_FIELDS.items()))

@@ -19,7 +19,8 @@ from isthmus.model.mlp import DenseMlp, ExpertsMlp
 from isthmus.model.model import Layer, Model
 from isthmus.model.rope import position_tables
 from isthmus.model.weights import Part, Progress, Weights
-from kernels import ref
+from kernels.attention_prefill.definition import HeadShape
+from kernels.experts.definition import Matrices, RouterRule
 
 # transformers builds q_a_layernorm and kv_a_layernorm with RMSNorm's default, whatever rms_norm_eps says.
 _LATENT_NORM_EPS = 1e-6
@@ -96,7 +97,7 @@ def _attention(config: ModelConfig, weights: Weights, layer: str) -> Attention:
         norm=weights.tensor(f"{layer}input_layernorm.weight"),
         norm_eps=config.rms_norm_eps,
         latent_norm_eps=_LATENT_NORM_EPS,
-        shape=ref.HeadShape(H, nope, rope, config.v_head_dim, config.kv_lora_rank),
+        shape=HeadShape(H, nope, rope, config.v_head_dim, config.kv_lora_rank),
         qkv_a=weights.linear(q_a, kv_a),
         q_a_norm=weights.tensor(f"{prefix}q_a_layernorm.weight") if has_q_lora else None,
         q_b=weights.linear(Part(f"{prefix}q_b_proj", q_order)) if has_q_lora else None,
@@ -133,7 +134,7 @@ def _mixture(config: ModelConfig, experts: Experts, weights: Weights, layer: str
     return ExpertsMlp(
         router=weights.tensor(f"{prefix}gate.weight", torch.float32 if routing.in_fp32 else None).t(),
         bias=weights.tensor(bias, torch.float32) if bias in weights.entries else None,
-        rule=ref.RouterRule(
+        rule=RouterRule(
             softmax=routing.softmax,
             group_best=routing.group_best,
             num_chosen=experts.num_per_token,
@@ -150,7 +151,7 @@ def _mixture(config: ModelConfig, experts: Experts, weights: Weights, layer: str
     )
 
 
-def _stacks(experts: Experts, weights: Weights, prefix: str) -> tuple[ref.Matrices, ref.Matrices]:
+def _stacks(experts: Experts, weights: Weights, prefix: str) -> tuple[Matrices, Matrices]:
     """Gate and up joined, and down; the published files hold a tensor per expert, transformers may write them fused."""
     if f"{prefix}gate_up_proj" in weights.entries:
         return weights.fused_stack(f"{prefix}gate_up_proj"), weights.fused_stack(f"{prefix}down_proj")

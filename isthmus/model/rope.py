@@ -11,7 +11,7 @@ from isthmus.checkpoint.rope_config import Rope
 
 
 class PositionTables(NamedTuple):
-    """One row per position; cos and sin as `kernels.ref.rotate` takes them."""
+    """One row per position; cos and sin as `kernels.latents.definition.rotate` takes them."""
 
     cos: Tensor  # [context_length, R] in the dtype the rotation is computed in
     signed_sin: Tensor  # [context_length, R]

@@ -14,9 +14,10 @@ from isthmus.kv.planes import LATENT
 from isthmus.model.model import Layer, Model
 from isthmus.model.triton_layers import Rows, TritonAttention, triton_mlp
 from isthmus.steps import OnStored
-from kernels import elementwise, gemm
-from kernels.mla_schedule import DecodeScratch, schedule_decode
-from kernels.prefill_plan import PrefillPlan
+from kernels.attention_decode.schedule import DecodeScratch, schedule_decode
+from kernels.attention_prefill.plan import PrefillPlan
+from kernels.elementwise.rows import add_rms_norm, embed, rms_norm
+from kernels.products.bf16 import linear
 from kernels.table import UnsupportedKernel
 
 _MULTIPLE = 16  # every size of a product is a multiple of it
@@ -59,7 +60,7 @@ class TritonModel:
         self._vocab_size = model.config.vocab_size
 
     def decode(self, inputs: DecodeInputs, caches: Sequence[Tensor]) -> Tensor:
-        """Logits [B, vocab] in fp32; `caches[l]` is layer l's, as `kernels.mla_decode` takes it."""
+        """Logits [B, vocab] in fp32; `caches[l]` is layer l's, as `kernels.attention_decode` takes it."""
         rows = inputs.rows
         schedule_decode(rows.positions_N, inputs.scratch, self._num_heads)
         x, normed = self._enter(inputs.token_ids_B)
@@ -91,13 +92,13 @@ class TritonModel:
 
     def _enter(self, token_ids_N: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and what the first layer reads."""
-        x = elementwise.embed(self._embedding, token_ids_N, self._embedding_scale)
+        x = embed(self._embedding, token_ids_N, self._embedding_scale)
         first = self._layers[0].attention
-        return x, elementwise.rms_norm(x, first.norm, first.norm_eps)
+        return x, rms_norm(x, first.norm, first.norm_eps)
 
     def _add(self, x_ND: Tensor, block_ND: Tensor, norm_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """The stream with what a block adds to it, and its norm, which the next block reads."""
-        return elementwise.add_rms_norm(x_ND, block_ND, norm_D, eps, self._residual_scale)
+        return add_rms_norm(x_ND, block_ND, norm_D, eps, self._residual_scale)
 
     def _norm_after(self, index: int) -> tuple[Tensor, float]:
         if index == len(self._layers) - 1:
@@ -111,7 +112,7 @@ class TritonModel:
             return normed_ND.new_empty(0, self._vocab_size, dtype=torch.float32)
         if self._logit_divisor != 1.0:
             normed_ND = normed_ND / self._logit_divisor
-        return gemm.linear(normed_ND, self._head, role="decode", out_dtype=torch.float32)
+        return linear(normed_ND, self._head, role="decode", out_dtype=torch.float32)
 
 
 def _check_sizes(model: Model) -> None:

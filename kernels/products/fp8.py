@@ -1,4 +1,4 @@
-"""Row-exact block-FP8 products (e4m3) and the quantisation of their rows; definitions in `ref_fp8`.
+"""Row-exact block-FP8 products (e4m3) and the quantisation of their rows; definitions in `definition`.
 
 An activation row has a scale for every FP8_BLOCK elements, so has a weight row. Each such block of K is one tensor core
 product from zero, whose result, scaled, is added to an fp32 accumulator in order. sm_90 and sm_100 only: the table
@@ -15,11 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.check import require, require_contiguous, require_rows
-from kernels.gemm import Role, dtype_name, place, require_aligned, tiles, width
 from kernels.lang import dot, round_to
-from kernels.latents import to_e4m3_bits
-from kernels.ref import FP8_BLOCK
-from kernels.ref_fp8 import E4M3_MAX
+from kernels.latents.store import to_e4m3_bits
+from kernels.products.bf16 import Role, dtype_name, place, require_aligned, tiles, width
+from kernels.products.definition import E4M3_MAX, FP8_BLOCK
 from kernels.table import Config, Source, Sources, lookup
 
 _BLOCK = tl.constexpr(FP8_BLOCK)
@@ -97,7 +96,7 @@ def _fp8_product(
 
 
 def quantise_rows(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """`ref_fp8.quantise_rows` of bf16 rows, which may lie apart: e4m3 [N, K], fp32 [N, B]; their bits are the same.
+    """`definition.quantise_rows` of bf16 rows, which may lie apart: e4m3 [N, K], fp32 [N, B]; their bits are the same.
 
     Raises ValueError for what does not fit by name and UnsupportedKernel where the table has no entry.
     """
@@ -125,7 +124,7 @@ def fp8_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     config: Config | None = None,
 ) -> Tensor:
-    """`ref_fp8.fp8_linear`, + bias (bf16), [N, M] in `out_dtype` (bf16 or fp32), rounded once.
+    """`definition.fp8_linear`, + bias (bf16), [N, M] in `out_dtype` (bf16 or fp32), rounded once.
 
     Raises ValueError for what does not fit by name and UnsupportedKernel where the table has no entry.
     """

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import gather_rows
 from kernels.check import require, require_contiguous
 from kernels.lang import to_bf16
-from kernels.ref_latents import GROUP, fp8_row_bytes
+from kernels.latents.definition import GROUP, fp8_row_bytes
+from kernels.latents.transfer import gather_rows
 from kernels.table import Source, Sources, lookup
 
 _GROUP = tl.constexpr(GROUP)
@@ -22,7 +22,7 @@ def dequantise_rows_kernel(
 ):
     """Program (ROWS rows, group of latents; one more for the rotary part): 8-bit cached rows as bf16, exact.
 
-    `codes`, `scales`, `halves` are one address; see `ref_latents`.
+    `codes`, `scales`, `halves` are one address; see `definition`.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     group = tl.program_id(1)

@@ -1,6 +1,6 @@
-"""The 8-bit form of a cached row, in plain torch: what `latents` stores and both attention kernels read.
+"""The cached row in plain torch: its rotation, its store, and its 8-bit form.
 
-A row of C latent and R rotated elements becomes C e4m3 bytes, then one fp32 scale per GROUP latents, then R bf16: 656
+An 8-bit row of C latent and R rotated elements is C e4m3 bytes, then one fp32 scale per GROUP latents, then R bf16: 656
 bytes for 512 + 64. Scales are powers of two, so undoing one is exact: it moves the exponent of a value of four bits.
 """
 
@@ -9,6 +9,19 @@ from torch import Tensor
 
 GROUP = 128  # latent elements that share a scale
 LARGEST = 448.0  # of e4m3
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary embedding of [..., R] whose halves are the pairs' first and second elements; fp32.
+
+    `cos` repeats the angles for both halves; `signed_sin` is -sin, then +sin.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin
+
+
+def write_latents(cache_SL: Tensor, slots_B: Tensor, latent_BC: Tensor, k_pe_BR: Tensor) -> None:
+    """Stores rows of [latent | rotated key] in the cache's dtype at their slots."""
+    cache_SL.index_copy_(0, slots_B, torch.cat((latent_BC.to(cache_SL.dtype), k_pe_BR.to(cache_SL.dtype)), dim=-1))
 
 
 def num_scales(latent_rank: int) -> int:

@@ -1,4 +1,4 @@
-"""Absorbed MLA decode over a paged cache of latents; defined by `ref.paged_mla_decode`, order by `mla_schedule`.
+"""Absorbed MLA decode over a paged cache of latents; `definition` says what, `schedule` in which order.
 
 Products stand on their side, scores[keys, heads] = K Q^T and out[C, heads] += V^T P^T: keys and latent columns fill the
 64 rows of a tensor core instruction, so 16 heads pad nothing; the tile of K is read from memory once and feeds both
@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_decode.cached_rows import block_ids, dequantise, tile_codes, tile_slots
+from kernels.attention_decode.combine import combine_partials, fold, scale_heads
+from kernels.attention_decode.schedule import DecodeScratch, Plan, first_of_split, plan_of
 from kernels.check import require, require_contiguous, require_power_of_two, require_rows
 from kernels.lang import dot, to_bf16
-from kernels.mla_combine import combine_partials, fold, scale_heads
-from kernels.mla_rows import block_ids, dequantise, tile_codes, tile_slots
-from kernels.mla_schedule import DecodeScratch, Plan, first_of_split, plan_of
-from kernels.ref_latents import fp8_row_bytes
+from kernels.latents.definition import fp8_row_bytes
 from kernels.table import Config, Source, Sources, lookup
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -167,8 +167,8 @@ def paged_mla_decode(
     """Attention of each row to positions 0 to its own of the latents as stored, bf16 [B, H, C]; padding rows are zero.
 
     `q_BHL` is absorbed and unscaled bf16, `scale_B` fp32 and positive. `cache` is [blocks, block_size, C + R] bf16 or
-    [blocks, block_size, bytes] uint8 (`ref_latents`). `schedule_decode` has been given the same positions and scratch.
-    Raises ValueError for what does not fit, UnsupportedKernel for what is not in the kernel table.
+    [blocks, block_size, bytes] uint8, as `kernels.latents.definition` says. `schedule_decode` was given the same
+    positions and scratch. Raises ValueError for what does not fit, UnsupportedKernel for what the table does not have.
     """
     B, H, L = q_BHL.shape
     R, block_size = L - latent_rank, cache.shape[1]

@@ -1,4 +1,4 @@
-"""How decode attention finds a tile's rows in the paged cache, and reads 8-bit ones (`ref_latents`)."""
+"""How decode attention finds a tile's rows in the paged cache, and reads 8-bit ones (`kernels.latents.definition`)."""
 
 import triton
 import triton.language as tl

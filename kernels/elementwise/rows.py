@@ -1,7 +1,7 @@
 """Work on rows of the residual stream: embedding, RMS norm with and without the addition before it, SwiGLU.
 
 A norm is one program per row that holds the whole row, so its sum has one shape: the smallest of NORM_BLOCKS that fits.
-Everything is computed in fp32 and rounded where `ref.rms_norm` and `ref.swiglu` round.
+Everything is computed in fp32 and rounded where `definition.rms_norm` and `definition.swiglu` round.
 """
 
 from collections.abc import Mapping
@@ -96,7 +96,7 @@ def embed(table_VD: Tensor, ids_N: Tensor, scale: float, *, config: Config | Non
 def rms_norm(
     x_ND: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None, *, config: Config | None = None
 ) -> Tensor:
-    """`ref.rms_norm` of bf16 rows, which may lie further apart than D, as may those of `out` (default: a new tensor).
+    """`definition.rms_norm` of bf16 rows, which may lie apart, as may those of `out` (default: a new tensor).
 
     Raises ValueError for rows of more than 8,192 elements or not 16 bytes aligned.
     """
@@ -120,7 +120,7 @@ def add_rms_norm(
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x + residual_scale * delta rounded once, its `ref.rms_norm`); bf16 rows as in `rms_norm`."""
+    """(x + residual_scale * delta rounded once, its `definition.rms_norm`); bf16 rows as in `rms_norm`."""
     num_rows, width = _require_norm(x_ND, weight_D)
     require("delta_ND", delta_ND, (num_rows, width), torch.bfloat16)
     require_rows("delta_ND", delta_ND)
@@ -133,7 +133,7 @@ def add_rms_norm(
 
 
 def swiglu(gate_up_N2W: Tensor, *, config: Config | None = None) -> Tensor:
-    """`ref.swiglu` of bf16 rows, which may lie further apart than 2 W: [N, W]."""
+    """`definition.swiglu` of bf16 rows, which may lie further apart than 2 W: [N, W]."""
     require("gate_up_N2W", gate_up_N2W, (None, None), torch.bfloat16)
     require_rows("gate_up_N2W", gate_up_N2W)
     num_rows, width = gate_up_N2W.shape[0], gate_up_N2W.shape[1] // 2

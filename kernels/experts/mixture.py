@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import gemm_fp8
 from kernels.check import require, require_contiguous, require_rows
-from kernels.gemm import place
+from kernels.experts.grouping import Groups, Role, group_pairs
+from kernels.experts.routing import MAX_CHOICES
 from kernels.lang import dot, round_to, to_bf16
-from kernels.moe_groups import Groups, Role, group_pairs
-from kernels.ref import FP8_BLOCK
-from kernels.route import MAX_CHOICES
+from kernels.products.bf16 import place
+from kernels.products.definition import FP8_BLOCK
+from kernels.products.fp8 import quantise_rows
 from kernels.table import Config, Source, Sources, lookup
 
 
@@ -125,7 +125,7 @@ def experts(
     num_real_rows: Tensor | None = None, *,
     role: Role, shared_ND: Tensor | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """Weighted sum of each row's experts, [N, D]: fp32, each expert's output rounded to bf16 (`ref.expert_mlps`).
+    """`definition.expert_mlps`: the weighted sum of each row's experts, [N, D] fp32; their outputs are rounded to bf16.
 
     With `shared_ND` (bf16) or out_dtype bf16: the sum rounded to bf16, the shared expert's output added and rounded.
     `gate_up` is [E, 2 * width, D], gate first, `down` [E, D, width]. The sum is zero for rows from `num_real_rows`
@@ -157,7 +157,7 @@ def _product(
     """One of the two products; SwiGLU where the matrix has twice as many rows as `out_PM` columns."""
     x_scales, weight_scales, scales_stride = None, None, 0
     if isinstance(matrix, Fp8Matrix):
-        (x, x_scales), weight_scales = gemm_fp8.quantise_rows(x), matrix.scales
+        (x, x_scales), weight_scales = quantise_rows(x), matrix.scales
         scales_stride = x_scales.stride(0)
     columns = out_PM.shape[1]
     grid = (groups.tile_experts_T.shape[0] * triton.cdiv(columns, config.constants["BLOCK"]),)

@@ -3,7 +3,7 @@
     stats    chunks of raw logits: highest, its lowest id, finite or not, sum of exponentials where a logprob is wanted
     adjust   a program per row: plain argmax and bad rows are done; bias, penalties, mask go into the logits, in place
     stats    again, for rows that were adjusted
-    bins     for rows that draw: weights by distance to the highest logit (sampler_select.py)
+    bins     for rows that draw: weights by distance to the highest logit (select.py)
     plan     a program per row: the few bins in which top_k, top_p or the draw can end
     gather   the ids in those bins
     finish   a program per row: the exact draw, the logprob; adjusted logits get their raw values back
@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.check import require, require_contiguous
-from kernels.sampler_finish import finish_kernel
-from kernels.sampler_rows import (
+from kernels.sampler.finish import finish_kernel
+from kernels.sampler.parameters import (
     ADJUSTED_ARGMAX,
     DONE,
     DRAW,
@@ -48,7 +48,7 @@ from kernels.sampler_rows import (
     load_float,
     log_total,
 )
-from kernels.sampler_select import LIST_LENGTH, NUM_BINS, PLAN_WORDS, bins_kernel, gather_kernel, plan_kernel
+from kernels.sampler.select import LIST_LENGTH, NUM_BINS, PLAN_WORDS, bins_kernel, gather_kernel, plan_kernel
 from kernels.table import Config, Source, Sources, lookup
 
 __all__ = ["MAX_VOCAB", "Sampled", "SamplerInputs", "sample_logits"]

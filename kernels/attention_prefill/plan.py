@@ -1,4 +1,4 @@
-"""The host's layout of a prefill step for `mla_prefill`: which context is expanded when, which query tiles meet it.
+"""The host's layout of a prefill step: which context is expanded when, and which query tiles meet it.
 
 Contexts are cut in segments of a bounded number of tokens. A sequence that fits a segment is never cut; a longer one is
 cut at multiples of KEY_TILE, and its query tiles wait between the pieces. What a row computes depends on none of it.

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import ref
 from kernels.check import require
+from kernels.experts.definition import RouterRule
 from kernels.table import Config, Source, Sources, lookup
 
 MAX_CHOICES = 8
@@ -86,9 +86,9 @@ def route_kernel(
 
 
 def route(
-    logits_NE: Tensor, bias_E: Tensor | None, rule: ref.RouterRule, *, config: Config | None = None
+    logits_NE: Tensor, bias_E: Tensor | None, rule: RouterRule, *, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`ref.route` of fp32 logits, whose rows may lie further apart than E: weights [N, A] fp32, ids [N, A] int32.
+    """`definition.route` of fp32 logits, rows of which may lie apart: weights [N, A] fp32, ids [N, A] int32.
 
     Ids are best first, ties to the lower id. Raises ValueError for a rule that does not fit E, or A over 8.
     """
@@ -110,7 +110,7 @@ def route(
     return weights_NA, ids_NA
 
 
-def _groups(rule: ref.RouterRule, num_experts: int) -> tuple[int, int, int]:
+def _groups(rule: RouterRule, num_experts: int) -> tuple[int, int, int]:
     """(groups, experts of each, groups to choose); a rule that chooses all groups has one, and chooses none."""
     grouped = rule.num_groups_chosen < rule.num_groups
     groups = rule.num_groups if grouped else 1

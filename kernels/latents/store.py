@@ -1,7 +1,7 @@
 """What a step puts into the cache: normalised latents and the rotated key, fused; and the rotation of queries.
 
-Cached rows are bf16 [latent | rotated key], or the 8-bit rows of `ref_latents`. The rotation is `ref.rotate` in fp32,
-rounded once; its pairs are element i and i + R / 2.
+Cached rows are bf16 [latent | rotated key], or the 8-bit rows of `definition`. The rotation is `definition.rotate` in
+fp32, rounded once; its pairs are element i and i + R / 2.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.check import require, require_contiguous, require_rows
 from kernels.lang import INTERPRETED, to_bf16
-from kernels.ref_latents import GROUP, fp8_row_bytes
+from kernels.latents.definition import GROUP, fp8_row_bytes
 from kernels.table import Config, Source, Sources, lookup
 
 _ROUND_BY_HAND = tl.constexpr(INTERPRETED)
@@ -68,7 +68,7 @@ def store_latents_kernel(
 ):
     """One program per row; the latent as [GROUPS, 128], GROUPS a power of two.
 
-    The three cache pointers are one address: which elements of a row are of which type is in `ref_latents`.
+    The three cache pointers are one address: which elements of a row are of which type is said in `definition`.
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)

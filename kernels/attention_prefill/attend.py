@@ -3,7 +3,7 @@
 A step's whole context is gathered and expanded segment by segment, a bounded number of tokens at a time; a row's state
 (largest score, sum, weighted values) waits between them unrounded. A row meets the same key tiles at the same absolute
 positions however its prompt is cut, and what a tile holds beyond the row changes nothing: its bits depend on its own
-context alone. `prefill_plan` is the layout, made on the host.
+context alone. `plan` is the layout, made on the host.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_prefill.definition import HeadShape
+from kernels.attention_prefill.plan import KEY_TILE, QUERY_TILE, TILE_FIELDS, PrefillPlan, Segment
 from kernels.check import require, require_contiguous, require_rows
-from kernels.gather_latents import gather_latents
 from kernels.lang import dot, to_bf16
-from kernels.prefill_plan import KEY_TILE, QUERY_TILE, TILE_FIELDS, PrefillPlan, Segment
-from kernels.ref import HeadShape
+from kernels.latents.gather import gather_latents
 from kernels.table import Config, Source, Sources, lookup
 
 _HEADS_TOGETHER = 16  # of each tile, before the next tile: balances the ends of a step, and their keys fit the L2 cache
@@ -106,7 +106,7 @@ def mla_prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (query tile, head): the tile's rows over the keys of this segment. Tiles as in `prefill_plan`."""
+    """Program (query tile, head): the tile's rows over the keys of this segment. Tiles as in `plan`."""
     program = tl.program_id(0)
     within = program % (num_tiles * heads_together)
     head = program // (num_tiles * heads_together) * heads_together + within % heads_together
@@ -160,7 +160,7 @@ def mla_prefill_kernel(
 
 
 class Linear(Protocol):
-    """`kernels.gemm.linear`: rows of x may lie apart, a row's bits do not depend on the others."""
+    """`kernels.products.bf16.linear`: rows of x may lie apart, a row's bits do not depend on the others."""
 
     def __call__(self, x_NK: Tensor, weight_MK: Tensor, /, *, role: Literal["prefill"]) -> Tensor: ...
 

@@ -13,7 +13,7 @@ lists the elements of the bins that those bounds touch, in the order of ids, and
 import triton
 import triton.language as tl
 
-from kernels.sampler_rows import (
+from kernels.sampler.parameters import (
     DRAW,
     MIN_WEIGHT,
     ROW_WORDS,

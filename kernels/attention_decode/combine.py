@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_decode.schedule import DecodeScratch, Plan, plan_of
 from kernels.lang import to_bf16
-from kernels.mla_schedule import DecodeScratch, Plan, plan_of
 from kernels.table import Config, Source, Sources, lookup
 
 

@@ -1,4 +1,4 @@
-"""The device sampler's last kernel: what `sampler_select` bounded is made exact on the list that it gathered.
+"""The device sampler's last kernel: what `select` bounded is made exact on the list that it gathered.
 
 A search is for the highest key at which a cumulated count or weight reaches what is needed: seven thresholds a round
 between the lowest and highest key of one bin, so a bin of one distinct logit needs no round, and none more than eleven.
@@ -7,7 +7,7 @@ between the lowest and highest key of one bin, so a bin of one distinct logit ne
 import triton
 import triton.language as tl
 
-from kernels.sampler_rows import (
+from kernels.sampler.parameters import (
     DONE,
     DRAW,
     END_ENTRY,
@@ -24,7 +24,7 @@ from kernels.sampler_rows import (
     load_float,
     log_total,
 )
-from kernels.sampler_select import (
+from kernels.sampler.select import (
     COUNTS,
     LENGTH,
     LIST_LENGTH,
