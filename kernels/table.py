@@ -39,7 +39,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class KernelSource:
     """How a variant is compiled ahead of time; each kernel module lists its own in SOURCES, by kernel name."""
 
     kernel: Any  # the triton.jit function
@@ -48,7 +48,7 @@ class Source:
     aligned: tuple[str, ...] = field(default=())  # arguments that are multiples of 16: pointers, strides, sizes
 
 
-Sources = Mapping[str, Callable[[Mapping[str, str]], Source]]
+KernelSources = Mapping[str, Callable[[Mapping[str, str]], KernelSource]]
 
 
 def lookup(kernel: str, variant: str, device: torch.device) -> Config:

@@ -87,7 +87,8 @@ def _outcomes(runner: StepRunner, sequences: Sequence[_Sequence], *, cut: int | 
     start = cut or 0
     chunks = [PrefillChunk(one.prompt[start:], start, one.block_table, needs_logits=True) for one in sequences]
     logits = runner.prefill(chunks)
-    done, tokens = 0, [one.prompt[:_REPLAYED] for one in sequences]
+    done = 0
+    tokens = [one.prompt[:_REPLAYED] for one in sequences]
     for _ in range(1 + _DECODED):
         watch(logits)
         rows = [

@@ -99,7 +99,8 @@ class TritonRunner:
 
     def _prefill_inputs(self, chunks: Sequence[PrefillChunk]) -> PrefillInputs:
         """Rows of all chunks one after the other."""
-        block_size, device = self.cache.layout.block_size, self.model.device
+        block_size = self.cache.layout.block_size
+        device = self.model.device
         positions_of = [np.arange(chunk.start, chunk.end) for chunk in chunks]
         positions = np.concatenate(positions_of)
         slots = [

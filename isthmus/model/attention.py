@@ -47,7 +47,8 @@ def project_and_store(
     attention: Attention, x_ND: Tensor, rows: StepRows, tables: PositionTables, cache_SL: Tensor
 ) -> Queries:
     """Queries of the step's rows, whose positions' tables are given; their latents are in the cache when it returns."""
-    shape, group = attention.shape, rows.group
+    shape = attention.shape
+    group = rows.group
     x = rms_norm(x_ND, attention.norm, eps=attention.norm_eps)
     qkv = attention.qkv_a.forward(x, group=group)
     latent_start = qkv.shape[1] - shape.latent - shape.rope
@@ -76,7 +77,8 @@ def attend_prefill(attention: Attention, queries: Queries, cache_SL: Tensor, til
 
 def attend_decode(attention: Attention, queries: Queries, cache_SL: Tensor, pairs: tuple[DecodePairs, ...]) -> Tensor:
     """[N, D] of the attention block; `pairs` cover consecutive runs of real rows, padding rows attend to nothing."""
-    shape, group = attention.shape, DECODE_GROUP
+    shape = attention.shape
+    group = DECODE_GROUP
     absorbed_HNC = grouped_head_matmul(queries.q_nope_NHK, attention.key_up, group=group)
     q_NLH = torch.cat((absorbed_HNC.permute(1, 2, 0), queries.q_pe_NHR.transpose(1, 2)), dim=1)
     q_NLH = q_NLH.float() * queries.scale_N11

@@ -34,7 +34,7 @@ class Fp8Linear:
         return Linear(weight.t(), self.bias).forward(x_NK, group=group)
 
 
-class Experts:
+class ExpertStack:
     """The experts' matrices, as `expert_mlps` takes them: [in, out] views of one stack."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -46,7 +46,7 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Experts:
+class Fp8ExpertStack:
     """The same in block-FP8."""
 
     weight: Tensor  # [E, out, in] e4m3

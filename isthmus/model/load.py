@@ -48,7 +48,8 @@ def load_model(
 
 def assemble(config: ModelConfig, weights: Weights) -> Model:
     """The model of these weights, in their dtype on their device."""
-    dtype, device = weights.dtype, weights.device
+    dtype = weights.dtype
+    device = weights.device
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
         layers = tuple(threads.map(lambda layer: _layer(config, layer, weights), range(config.num_layers)))
     embedding = weights.tensor("model.embed_tokens.weight")
@@ -86,7 +87,9 @@ def _layer(config: ModelConfig, layer: int, weights: Weights) -> Layer:
 
 def _attention(config: ModelConfig, weights: Weights, layer: str) -> Attention:
     prefix = f"{layer}self_attn."
-    H, nope, rope = config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    H = config.num_heads
+    nope = config.qk_nope_head_dim
+    rope = config.qk_rope_head_dim
     has_q_lora = config.q_lora_rank is not None
     q_order = _rotary_order(config, num_heads=H, before=nope)
     q_a = Part(f"{prefix}q_a_proj") if has_q_lora else Part(f"{prefix}q_proj", q_order)
@@ -128,7 +131,8 @@ def _dense_mlp(weights: Weights, prefix: str) -> DenseMlp:
 
 
 def _mixture(config: ModelConfig, experts: Experts, weights: Weights, layer: str) -> ExpertsMlp:
-    routing, prefix = experts.routing, f"{layer}mlp."
+    routing = experts.routing
+    prefix = f"{layer}mlp."
     bias = f"{prefix}gate.e_score_correction_bias"
     gate_up, down = _stacks(experts, weights, f"{prefix}experts.")
     return ExpertsMlp(

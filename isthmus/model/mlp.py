@@ -7,7 +7,7 @@ from torch import Tensor
 
 from isthmus.model.linear import Fp8Linear, Linear
 from kernels.elementwise.definition import rms_norm, swiglu
-from kernels.experts.definition import Matrices, RouterRule, Routing, expert_mlps, route
+from kernels.experts.definition import ChosenExperts, Matrices, RouterRule, expert_mlps, route
 from kernels.products.definition import grouped_matmul
 
 
@@ -35,13 +35,13 @@ class ExpertsMlp:
     def forward(self, x_ND: Tensor, num_rows: int, *, group: int) -> Tensor:
         """[N, D]; padding rows get the shared expert alone, or zeros."""
         routing = self.route(x_ND, group=group)
-        routing = Routing(routing.weights_NA.narrow(0, 0, num_rows), routing.expert_ids_NA.narrow(0, 0, num_rows))
+        routing = ChosenExperts(routing.weights_NA.narrow(0, 0, num_rows), routing.expert_ids_NA.narrow(0, 0, num_rows))
         routed = expert_mlps(x_ND, routing, self.gate_up, self.down).to(x_ND.dtype)
         out = torch.zeros_like(x_ND) if self.shared is None else self.shared.forward(x_ND, num_rows, group=group)
         out.narrow(0, 0, num_rows).add_(routed)
         return out if self.norm is None else rms_norm(out, self.norm, eps=self.norm_eps)
 
-    def route(self, x_ND: Tensor, *, group: int) -> Routing:
+    def route(self, x_ND: Tensor, *, group: int) -> ChosenExperts:
         """The scores are fp32 in any case: a rounding step here picks another expert."""
         logits = grouped_matmul(x_ND.to(self.router.dtype), self.router, group=group)
         return route(logits.float(), self.bias, self.rule)

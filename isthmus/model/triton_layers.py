@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from isthmus.model.attention import Attention
-from isthmus.model.linear import Experts, Fp8Experts, Fp8Linear, Linear
+from isthmus.model.linear import ExpertStack, Fp8ExpertStack, Fp8Linear, Linear
 from isthmus.model.mlp import DenseMlp, ExpertsMlp, Mlp
 from isthmus.model.rope import PositionTables
 from kernels.attention_decode.attend import paged_mla_decode
@@ -61,15 +61,18 @@ class Rows:
 class TritonAttention:
     def __init__(self, attention: Attention, tables: PositionTables) -> None:
         self.shape = attention.shape
-        self.norm, self.norm_eps = attention.norm, attention.norm_eps
+        self.norm = attention.norm
+        self.norm_eps = attention.norm_eps
         self._latent_eps = attention.latent_norm_eps
         self._tables = tables
-        self._qkv_a, self._o = Projection.of(attention.qkv_a), Projection.of(attention.o)
+        self._qkv_a = Projection.of(attention.qkv_a)
+        self._o = Projection.of(attention.o)
         self._q_a_norm = attention.q_a_norm
         self._q_b = None if attention.q_b is None else Projection.of(attention.q_b)
         self._kv_a_norm = attention.kv_a_norm
         self._kv_b = attention.kv_b.t()
-        self._key_up, self._value_up = attention.key_up, attention.value_up
+        self._key_up = attention.key_up
+        self._value_up = attention.value_up
 
     def project_and_store(self, x_ND: Tensor, rows: Rows, cache: Tensor, role: Role) -> Tensor:
         """Queries [N, H, nope + R], not rotated; the rows' latents are in the cache when what is launched has run."""
@@ -106,13 +109,15 @@ class TritonAttention:
         return self._o.apply(out_NHV.flatten(1), "prefill")
 
     def _rotate(self, q_NHK: Tensor, rows: Rows, out_NHR: Tensor) -> None:
-        cos, signed_sin = self._tables.cos, self._tables.signed_sin
+        cos = self._tables.cos
+        signed_sin = self._tables.signed_sin
         rotate_queries(q_NHK, cos, signed_sin, rows.positions_N, out_NHR, nope=self.shape.nope)
 
 
 class TritonDense:
     def __init__(self, mlp: DenseMlp) -> None:
-        self._gate_up, self._down = Projection.of(mlp.gate_up), Projection.of(mlp.down)
+        self._gate_up = Projection.of(mlp.gate_up)
+        self._down = Projection.of(mlp.down)
 
     def forward(self, x_ND: Tensor, rows: Rows, role: Role) -> Tensor:
         """[N, D]."""
@@ -121,10 +126,14 @@ class TritonDense:
 
 class TritonExperts:
     def __init__(self, mlp: ExpertsMlp) -> None:
-        self._router, self._bias, self._rule = mlp.router.t(), mlp.bias, mlp.rule
-        self._gate_up, self._down = _stack(mlp.gate_up), _stack(mlp.down)
+        self._router = mlp.router.t()
+        self._bias = mlp.bias
+        self._rule = mlp.rule
+        self._gate_up = _stack(mlp.gate_up)
+        self._down = _stack(mlp.down)
         self._shared = None if mlp.shared is None else TritonDense(mlp.shared)
-        self._norm, self._norm_eps = mlp.norm, mlp.norm_eps
+        self._norm = mlp.norm
+        self._norm_eps = mlp.norm_eps
 
     def forward(self, x_ND: Tensor, rows: Rows, role: Role) -> Tensor:
         """[N, D]; rows of padding get the shared expert alone, or zeros."""
@@ -137,9 +146,9 @@ class TritonExperts:
 
 
 def _stack(matrices: Matrices) -> Tensor | Fp8Matrix:
-    if isinstance(matrices, Experts):
+    if isinstance(matrices, ExpertStack):
         return matrices.weight
-    if isinstance(matrices, Fp8Experts):
+    if isinstance(matrices, Fp8ExpertStack):
         return Fp8Matrix(matrices.weight, matrices.scales)
     raise UnsupportedKernel(f"experts kept as {type(matrices).__name__}, not as one stack")
 

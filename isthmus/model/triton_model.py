@@ -42,7 +42,8 @@ class PrefillInputs:
 class _TritonLayer:
     def __init__(self, layer: Layer, model: Model) -> None:
         self.attention = TritonAttention(layer.attention, model.tables)
-        self.mlp_norm, self.mlp_norm_eps = layer.mlp_norm, layer.mlp_norm_eps
+        self.mlp_norm = layer.mlp_norm
+        self.mlp_norm_eps = layer.mlp_norm_eps
         self.mlp = triton_mlp(layer.mlp)
 
 
@@ -51,10 +52,13 @@ class TritonModel:
 
     def __init__(self, model: Model) -> None:
         _check_sizes(model)
-        self._embedding, self._embedding_scale = model.embedding, float(model.embedding_scale)
+        self._embedding = model.embedding
+        self._embedding_scale = float(model.embedding_scale)
         self._layers = [_TritonLayer(layer, model) for layer in model.layers]
-        self._norm, self._norm_eps = model.norm, model.config.rms_norm_eps
-        self._head, self._logit_divisor = model.head.t(), model.config.logit_divisor
+        self._norm = model.norm
+        self._norm_eps = model.config.rms_norm_eps
+        self._head = model.head.t()
+        self._logit_divisor = model.config.logit_divisor
         self._residual_scale = model.config.residual_scale
         self._num_heads = model.config.num_heads
         self._vocab_size = model.config.vocab_size
@@ -86,7 +90,8 @@ class TritonModel:
             x, normed = self._add(x, attended, layer.mlp_norm, layer.mlp_norm_eps)
             block = layer.mlp.forward(normed, rows, "prefill")
             if index == len(self._layers) - 1:
-                x, block = x.index_select(0, inputs.logit_rows), block.index_select(0, inputs.logit_rows)
+                x = x.index_select(0, inputs.logit_rows)
+                block = block.index_select(0, inputs.logit_rows)
             x, normed = self._add(x, block, *self._norm_after(index))
         return self._logits(normed)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isthmus.checkpoint.directory import Checkpoint, TensorEntry
 from isthmus.errors import CannotStart
-from isthmus.model.linear import Experts, Fp8Experts, Fp8Linear, Linear
+from isthmus.model.linear import ExpertStack, Fp8ExpertStack, Fp8Linear, Linear
 from kernels.experts.definition import Matrices
 from kernels.products.definition import FP8_BLOCK, dequantise
 
@@ -84,11 +84,11 @@ class Weights:
         out = torch.empty(len(matrices), *self._shape(matrices[0]), dtype=self.dtype, device=self.device)
         for parts, matrix in zip(matrices, out, strict=True):
             self._join(parts, matrix, None)
-        return Experts(out)
+        return ExpertStack(out)
 
-    def fused_stack(self, name: str) -> Experts:
+    def fused_stack(self, name: str) -> ExpertStack:
         """The same of a tensor [matrices, out, in]."""
-        return Experts(self.tensor(name))
+        return ExpertStack(self.tensor(name))
 
     def _stay_fp8(self, parts: Sequence[Part]) -> bool:
         return self.keeps_fp8 and all(f"{part.name}.weight_scale_inv" in self.entries for part in parts)
@@ -97,13 +97,13 @@ class Weights:
         shapes = [self.entries[f"{part.name}.weight"].shape for part in parts]
         return sum(shape[0] for shape in shapes), shapes[0][1]
 
-    def _fp8_stack(self, matrices: Sequence[Sequence[Part]]) -> Fp8Experts:
+    def _fp8_stack(self, matrices: Sequence[Sequence[Part]]) -> Fp8ExpertStack:
         rows, columns = self._shape(matrices[0])
         weight = torch.empty(len(matrices), rows, columns, dtype=torch.float8_e4m3fn, device=self.device)
         scales = torch.empty(len(matrices), rows, -(-columns // FP8_BLOCK), device=self.device)
         for index, parts in enumerate(matrices):
             self._join(parts, weight[index], scales[index])
-        return Fp8Experts(weight, scales, self.dtype)
+        return Fp8ExpertStack(weight, scales, self.dtype)
 
     def _join(self, parts: Sequence[Part], out: Tensor, scales: Tensor | None) -> None:
         first = 0

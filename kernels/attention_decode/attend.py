@@ -24,7 +24,7 @@ from kernels.attention_decode.schedule import DecodeScratch, Plan, first_of_spli
 from kernels.check import require, require_contiguous, require_power_of_two, require_rows
 from kernels.lang import dot, to_bf16
 from kernels.latents.definition import fp8_row_bytes
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -171,7 +171,8 @@ def paged_mla_decode(
     positions and scratch. Raises ValueError for what does not fit, UnsupportedKernel for what the table does not have.
     """
     B, H, L = q_BHL.shape
-    R, block_size = L - latent_rank, cache.shape[1]
+    R = L - latent_rank
+    block_size = cache.shape[1]
     _check(q_BHL, scale_B, cache, block_tables, positions_B, latent_rank)
     if scratch.num_heads != H or scratch.latent_rank != latent_rank or scratch.max_rows < B:
         made_for = (scratch.max_rows, scratch.num_heads, scratch.latent_rank)
@@ -205,7 +206,8 @@ def paged_mla_decode(
 
 
 def _check(q_BHL: Tensor, scale_B: Tensor, cache: Tensor, block_tables: Tensor, positions_B: Tensor, rank: int) -> None:
-    B, rope = q_BHL.shape[0], q_BHL.shape[2] - rank
+    B = q_BHL.shape[0]
+    rope = q_BHL.shape[2] - rank
     require("q_BHL", q_BHL, (None, None, None), torch.bfloat16)
     require_rows("q_BHL", q_BHL)
     require_power_of_two("latent_rank", rank)
@@ -231,9 +233,11 @@ def _constants(plan: Plan, heads: int, rank: int, rope: int, *, fp8: bool) -> di
     return {**tiles, "C": rank, "R": rope, "FP8": fp8, "ROW": row, **plan.splits._asdict()}
 
 
-def _source(fields: Mapping[str, str]) -> Source:
-    heads, fp8 = int(fields["heads"]), fields["rows"] == "fp8"
-    rank, rope = int(fields["latent"]), int(fields["rope"])
+def _source(fields: Mapping[str, str]) -> KernelSource:
+    heads = int(fields["heads"])
+    fp8 = fields["rows"] == "fp8"
+    rank = int(fields["latent"])
+    rope = int(fields["rope"])
     types = {
         "*bf16": "q_ptr cache_ptr out_ptr",
         "*fp32": "scale_ptr scales_ptr partials_ptr stats_ptr",
@@ -244,7 +248,7 @@ def _source(fields: Mapping[str, str]) -> Source:
     signature["bytes_ptr"] = "*u8" if fp8 else "*bf16"
     aligned = tuple(name for name in signature if name != "table_stride")
     constants = {**_constants(plan_of(heads), heads, rank, rope, fp8=fp8), "BLOCK_SIZE": int(fields["block_size"])}
-    return Source(mla_decode, signature, constants, aligned)
+    return KernelSource(mla_decode, signature, constants, aligned)
 
 
-SOURCES: Sources = {"mla_decode": _source}
+SOURCES: KernelSources = {"mla_decode": _source}

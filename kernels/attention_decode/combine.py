@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.attention_decode.schedule import DecodeScratch, Plan, plan_of
 from kernels.lang import to_bf16
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 
 @triton.jit
@@ -86,12 +86,13 @@ def _constants(plan: Plan, heads: int, rank: int) -> dict[str, Any]:
     return {"HEADS": heads, "C": rank, "TILES": plan.tiles(heads), "BLOCK_H": plan.block_h}
 
 
-def _source(fields: Mapping[str, str]) -> Source:
-    heads, rank = int(fields["heads"]), int(fields["latent"])
+def _source(fields: Mapping[str, str]) -> KernelSource:
+    heads = int(fields["heads"])
+    rank = int(fields["latent"])
     pointers = {"parts_ptr": "*i32", "counters_ptr": "*i32", "partials_ptr": "*fp32", "stats_ptr": "*fp32"}
     pointers["out_ptr"] = "*bf16"
     constants = _constants(plan_of(heads), heads, rank)
-    return Source(mla_combine, {**pointers, "programs": "i32"}, constants, tuple(pointers))
+    return KernelSource(mla_combine, {**pointers, "programs": "i32"}, constants, tuple(pointers))
 
 
-SOURCES: Sources = {"mla_combine": _source}
+SOURCES: KernelSources = {"mla_combine": _source}

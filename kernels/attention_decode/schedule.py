@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.check import require, require_contiguous
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 MAX_ROWS = 256  # of a step; the schedule is made by one program
 PARTIAL_BYTES = 128 << 20  # budget for partials where rows can do without: beyond it first items grow
@@ -94,7 +94,8 @@ class DecodeScratch:
         if not 0 < max_rows <= MAX_ROWS:
             raise ValueError(f"max_rows is {max_rows}, not 1 to {MAX_ROWS}")
         plan = plan or plan_of(num_heads)
-        tiles, most = plan.tiles(num_heads), max_rows * plan.splits.count(context_length)
+        tiles = plan.tiles(num_heads)
+        most = max_rows * plan.splits.count(context_length)
         slots = most
         if plan.fold:
             slots = min(most, PARTIAL_BYTES // (tiles * plan.block_h * (latent_rank + 2) * 4))
@@ -273,12 +274,12 @@ def plan_constants(plan: Plan, num_heads: int) -> dict[str, Any]:
     }
 
 
-def _source(fields: Mapping[str, str]) -> Source:
+def _source(fields: Mapping[str, str]) -> KernelSource:
     heads = int(fields["heads"])
     pointers = ("positions_ptr", "items_ptr", "parts_ptr", "counters_ptr")
     numbers = ("num_rows", "context", "programs", "num_slots", "forced")
     signature = {**dict.fromkeys(pointers, "*i32"), **dict.fromkeys(numbers, "i32")}
-    return Source(mla_schedule, signature, plan_constants(plan_of(heads), heads), pointers)
+    return KernelSource(mla_schedule, signature, plan_constants(plan_of(heads), heads), pointers)
 
 
-SOURCES: Sources = {"mla_schedule": _source}
+SOURCES: KernelSources = {"mla_schedule": _source}

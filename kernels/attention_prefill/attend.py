@@ -19,7 +19,7 @@ from kernels.attention_prefill.plan import KEY_TILE, QUERY_TILE, TILE_FIELDS, Pr
 from kernels.check import require, require_contiguous, require_rows
 from kernels.lang import dot, to_bf16
 from kernels.latents.gather import gather_latents
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 _HEADS_TOGETHER = 16  # of each tile, before the next tile: balances the ends of a step, and their keys fit the L2 cache
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -159,7 +159,7 @@ def mla_prefill_kernel(
         tl.store(out + (state * V)[:, None] + v[None, :], to_bf16(acc / total[:, None]), mask=real[:, None])
 
 
-class Linear(Protocol):
+class LinearProduct(Protocol):
     """`kernels.products.bf16.linear`: rows of x may lie apart, a row's bits do not depend on the others."""
 
     def __call__(self, x_NK: Tensor, weight_MK: Tensor, /, *, role: Literal["prefill"]) -> Tensor: ...
@@ -179,7 +179,7 @@ def paged_mla_prefill(
     kv_b_w: Tensor,
     *,
     shape: HeadShape,
-    linear: Linear,
+    linear: LinearProduct,
     config: Config | None = None,
 ) -> Tensor:
     """Attention of a step's rows, chunk after chunk as in `plan`, over all of their sequences up to themselves.
@@ -188,7 +188,8 @@ def paged_mla_prefill(
     [blocks, block_size, C + R] bf16 or [.., bytes] uint8, which holds the step's own rows already; `kv_b_w` bf16
     [H * (nope + V), C]. Returns [N, H, V] bf16.
     """
-    num_rows, num_heads = plan.num_rows, shape.num_heads
+    num_rows = plan.num_rows
+    num_heads = shape.num_heads
     require("q_NHK", q_NHK, (num_rows, num_heads, shape.nope + shape.rope), torch.bfloat16)
     require_rows("q_NHK", q_NHK)
     require("scale_N", scale_N, (num_rows,), torch.float32)
@@ -225,7 +226,8 @@ def _launch(
     shape: HeadShape,
     config: Config,
 ) -> None:
-    num_tiles, heads = segment.tiles.shape[0], shape.num_heads
+    num_tiles = segment.tiles.shape[0]
+    heads = shape.num_heads
     together = next(count for count in range(min(heads, _HEADS_TOGETHER), 0, -1) if heads % count == 0)
     operands = (out, *state, q_NHK, scale_N, kv_TX, latents_TL[:, shape.latent :], segment.tiles)
     strides = (*q_NHK.stride()[:2], kv_TX.stride(0), latents_TL.stride(0))
@@ -238,14 +240,14 @@ def _constants(nope: int, rope: int, value: int) -> dict[str, Any]:
     return {"NOPE": nope, "R": rope, "V": value, "BLOCK_D": triton.next_power_of_2(nope), "BLOCK_M": QUERY_TILE}
 
 
-def _prefill_source(fields: Mapping[str, str]) -> Source:
+def _prefill_source(fields: Mapping[str, str]) -> KernelSource:
     fp32 = dict.fromkeys(("acc_state", "peak_state", "total_state", "scales"), "*fp32")
     bf16 = dict.fromkeys(("out", "q", "kv", "pe"), "*bf16")
     strides = dict.fromkeys(("q_row_stride", "q_head_stride", "kv_stride", "pe_stride"), "i32")
     counts = dict.fromkeys(("num_tiles", "num_heads", "heads_together"), "i32")
     constants = _constants(*(int(fields[name]) for name in ("nope", "rope", "value")))
     signature = {**fp32, **bf16, "tiles": "*i32", **counts, **strides}
-    return Source(mla_prefill_kernel, signature, constants, (*fp32, *bf16, "tiles", *strides))
+    return KernelSource(mla_prefill_kernel, signature, constants, (*fp32, *bf16, "tiles", *strides))
 
 
-SOURCES: Sources = {"mla_prefill": _prefill_source}
+SOURCES: KernelSources = {"mla_prefill": _prefill_source}

@@ -45,13 +45,18 @@ def paged_mla_prefill(q_NHK: Tensor, cache_SL: Tensor, kv_b: Tensor, tiles: Pref
 
     `kv_b` is [C, H * (nope + V)]; queries come scaled. Query tiles meet key tiles, both of TILE rows, folded in order.
     """
-    H, K, V = shape.num_heads, shape.nope + shape.rope, shape.value
+    H = shape.num_heads
+    K = shape.nope + shape.rope
+    V = shape.value
     q = q_NHK.index_select(0, tiles.rows).unflatten(0, (-1, TILE)).transpose(1, 2).reshape(-1, TILE, K)
-    peak, total, acc = q.new_full(q.shape[:2], -torch.inf), q.new_zeros(q.shape[:2]), q.new_zeros(*q.shape[:2], V)
+    peak = q.new_full(q.shape[:2], -torch.inf)
+    total = q.new_zeros(q.shape[:2])
+    acc = q.new_zeros(*q.shape[:2], V)
     for tile in tiles.keys:
         k, v = _expand_tile(cache_SL.index_select(0, tile.slots), kv_b, shape)
         if tile.sequence is not None:
-            k, v = k.index_select(0, tile.sequence), v.index_select(0, tile.sequence)
+            k = k.index_select(0, tile.sequence)
+            v = v.index_select(0, tile.sequence)
         n = tile.num_query_tiles * H
         scores = torch.bmm(q[:n], k.reshape(n, TILE, K).transpose(1, 2))
         if tile.hidden is not None:

@@ -17,7 +17,7 @@ SEGMENT_TOKENS = 8192
 TILE_FIELDS = 8  # int32: see QueryTile
 
 
-class Chunk(NamedTuple):
+class ContextChunk(NamedTuple):
     """Tokens at positions [start, start + num_tokens) of one sequence. Past their blocks the table is not read."""
 
     start: int
@@ -77,7 +77,7 @@ class PrefillPlan:
         """
         if segment_tokens < KEY_TILE:
             raise ValueError(f"segment_tokens is {segment_tokens}, less than a key tile of {KEY_TILE}")
-        named = [Chunk(*chunk) for chunk in chunks]
+        named = [ContextChunk(*chunk) for chunk in chunks]
         for chunk in named:
             if chunk.start < 0 or chunk.num_tokens < 1 or len(chunk.block_table) * block_size < chunk.end:
                 blocks = f"{len(chunk.block_table)} blocks of {block_size}"
@@ -97,7 +97,7 @@ class PrefillPlan:
         return cls(sum(chunk.num_tokens for chunk in named), waits, tuple(segments))
 
 
-def _slots(chunk: Chunk, block_size: int) -> Tensor:
+def _slots(chunk: ContextChunk, block_size: int) -> Tensor:
     """Of positions [0, end)."""
     num_blocks = -(-chunk.end // block_size)
     blocks = torch.tensor(chunk.block_table[:num_blocks], dtype=torch.int64)
@@ -120,7 +120,7 @@ def _cut(contexts: Sequence[int], segment_tokens: int) -> list[list[_Piece]]:
     return segments
 
 
-def _query_tiles(chunks: Sequence[Chunk], pieces: Sequence[_Piece]) -> list[QueryTile]:
+def _query_tiles(chunks: Sequence[ContextChunk], pieces: Sequence[_Piece]) -> list[QueryTile]:
     """Tiles that see something of these pieces; longest first, so that a launch ends with short ones."""
     first_rows = [0]
     for chunk in chunks:
@@ -130,7 +130,8 @@ def _query_tiles(chunks: Sequence[Chunk], pieces: Sequence[_Piece]) -> list[Quer
         chunk = chunks[piece.chunk]
         for offset in range(0, chunk.num_tokens, QUERY_TILE):
             num_rows = min(QUERY_TILE, chunk.num_tokens - offset)
-            first, sees = chunk.start + offset, chunk.start + offset + num_rows
+            first = chunk.start + offset
+            sees = chunk.start + offset + num_rows
             if sees > piece.begin:
                 keys = (piece.begin, min(sees, piece.end), piece.key_row)
                 tiles.append(QueryTile(first_rows[piece.chunk] + offset, num_rows, first, *keys, int(sees > piece.end)))

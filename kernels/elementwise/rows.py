@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.check import require, require_rows
 from kernels.lang import to_bf16
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 NORM_BLOCKS = (256, 2048, 8192)  # widest rows of a norm, each with its own entry in the table
 _TILE = "block=1024"  # elements of a program of the kernels that sum nothing
@@ -83,7 +83,8 @@ def embed(table_VD: Tensor, ids_N: Tensor, scale: float, *, config: Config | Non
     require("table_VD", table_VD, (None, None), torch.bfloat16)
     require_rows("table_VD", table_VD)
     require("ids_N", ids_N, (None,), torch.int32)
-    (vocab, width), num_rows = table_VD.shape, ids_N.shape[0]
+    vocab, width = table_VD.shape
+    num_rows = ids_N.shape[0]
     x_ND = table_VD.new_empty(num_rows, width)
     if num_rows:
         config = config or lookup("embed", _TILE, table_VD.device)
@@ -124,7 +125,8 @@ def add_rms_norm(
     num_rows, width = _require_norm(x_ND, weight_D)
     require("delta_ND", delta_ND, (num_rows, width), torch.bfloat16)
     require_rows("delta_ND", delta_ND)
-    x_new, normed = x_ND.new_empty(num_rows, width), x_ND.new_empty(num_rows, width)
+    x_new = x_ND.new_empty(num_rows, width)
+    normed = x_ND.new_empty(num_rows, width)
     if num_rows:
         config = config or _norm_config("add_rms_norm", x_ND)
         operands = (x_new, normed, x_ND, delta_ND, weight_D, width, x_ND.stride(0), delta_ND.stride(0))
@@ -136,7 +138,8 @@ def swiglu(gate_up_N2W: Tensor, *, config: Config | None = None) -> Tensor:
     """`definition.swiglu` of bf16 rows, which may lie further apart than 2 W: [N, W]."""
     require("gate_up_N2W", gate_up_N2W, (None, None), torch.bfloat16)
     require_rows("gate_up_N2W", gate_up_N2W)
-    num_rows, width = gate_up_N2W.shape[0], gate_up_N2W.shape[1] // 2
+    num_rows = gate_up_N2W.shape[0]
+    width = gate_up_N2W.shape[1] // 2
     out = gate_up_N2W.new_empty(num_rows, width)
     if num_rows:
         config = config or lookup("swiglu", _TILE, gate_up_N2W.device)
@@ -167,13 +170,13 @@ _TYPES = {
 }
 
 
-def _source(kernel: Any, fields: Mapping[str, str]) -> Source:
+def _source(kernel: Any, fields: Mapping[str, str]) -> KernelSource:
     signature = {name: _TYPES[name] for name in kernel.arg_names if name in _TYPES}
     aligned = tuple(name for name, type in signature.items() if type in ("*bf16", "i32"))
-    return Source(kernel, signature, {"BLOCK": int(fields["block"])}, aligned)
+    return KernelSource(kernel, signature, {"BLOCK": int(fields["block"])}, aligned)
 
 
-SOURCES: Sources = {
+SOURCES: KernelSources = {
     "embed": partial(_source, embed_kernel),
     "rms_norm": partial(_source, rms_norm_kernel),
     "add_rms_norm": partial(_source, add_rms_norm_kernel),

@@ -26,12 +26,12 @@ class RouterRule(NamedTuple):
     scale: float
 
 
-class Routing(NamedTuple):
+class ChosenExperts(NamedTuple):
     weights_NA: Tensor  # fp32
     expert_ids_NA: Tensor  # int64, best first, ties to the lower id
 
 
-def route(logits_NE: Tensor, bias_E: Tensor | None, rule: RouterRule) -> Routing:
+def route(logits_NE: Tensor, bias_E: Tensor | None, rule: RouterRule) -> ChosenExperts:
     """The best experts of the best groups. A bias counts for the choice, not for the weights. fp32 in and out."""
     if rule.softmax:
         scores_NE = (logits_NE - logits_NE.amax(-1, keepdim=True)).exp_()
@@ -47,7 +47,7 @@ def route(logits_NE: Tensor, bias_E: Tensor | None, rule: RouterRule) -> Routing
     weights_NA = scores_NE.gather(-1, ids_NA)
     if rule.normalise:
         weights_NA /= weights_NA.sum(-1, keepdim=True).add_(1e-20)
-    return Routing(weights_NA.mul_(rule.scale), ids_NA)
+    return ChosenExperts(weights_NA.mul_(rule.scale), ids_NA)
 
 
 def _best(scores_NE: Tensor, count: int) -> Tensor:
@@ -69,7 +69,7 @@ class Matrices(Protocol):
     def __getitem__(self, index: int, /) -> Tensor: ...
 
 
-def expert_mlps(x_ND: Tensor, routing: Routing, gate_up: Matrices, down: Matrices) -> Tensor:
+def expert_mlps(x_ND: Tensor, routing: ChosenExperts, gate_up: Matrices, down: Matrices) -> Tensor:
     """Weighted sum of the experts of the first B rows, which `routing` holds, in its order. Returns [B, D] fp32.
 
     Rows are grouped by expert, EXPERT_GROUP rows a product; `gate_up[e]` is [D, 2 * width], `down[e]` [width, D].
@@ -108,7 +108,9 @@ def _group_by_expert(expert_ids_NA: list[list[int]], num_step_rows: int) -> _Exp
     for row, chosen in enumerate(expert_ids_NA):
         for place, expert in enumerate(chosen, start=row * len(chosen)):
             places.setdefault(expert, []).append((place, row))
-    groups, rows, slots = [], [], [0] * (len(expert_ids_NA) * len(expert_ids_NA[0]))
+    groups = []
+    rows = []
+    slots = [0] * (len(expert_ids_NA) * len(expert_ids_NA[0]))
     for expert in sorted(places):
         for slot, (place, _) in enumerate(places[expert], start=len(rows)):
             slots[place] = slot

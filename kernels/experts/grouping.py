@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.table import Source, Sources, lookup
+from kernels.table import KernelSource, KernelSources, lookup
 
 Role = Literal["decode", "prefill"]
 MAX_TILE = 128
@@ -100,7 +100,8 @@ def group_pairs(
 
     Ids of real rows must be below `num_experts`. Raises UnsupportedKernel over 512 experts.
     """
-    num_pairs, choices = ids_NA.numel(), ids_NA.shape[1]
+    num_pairs = ids_NA.numel()
+    choices = ids_NA.shape[1]
     max_tiles = min(num_pairs, num_pairs // tile_slots + num_experts)
     sizes = (max_tiles * tile_slots, max_tiles, 1)
     groups = Groups(*(ids_NA.new_empty(size, dtype=torch.int32) for size in sizes))
@@ -117,20 +118,20 @@ def group_pairs(
     return groups
 
 
-def _count_source(fields: Mapping[str, str]) -> Source:
+def _count_source(fields: Mapping[str, str]) -> KernelSource:
     pointers = {"counts": "*i32", "ids": "*i32", "num_real_rows": "*i32"}
     constants = {"EXPERTS": int(fields["experts"]), "PAIRS": _PAIRS}
-    return Source(count_kernel, {**pointers, "num_pairs": "i32", "choices": "i32"}, constants, tuple(pointers))
+    return KernelSource(count_kernel, {**pointers, "num_pairs": "i32", "choices": "i32"}, constants, tuple(pointers))
 
 
-def _place_source(fields: Mapping[str, str]) -> Source:
+def _place_source(fields: Mapping[str, str]) -> KernelSource:
     pointers = dict.fromkeys(("slots", "tile_experts", "num_tiles", "ids", "counts", "num_real_rows"), "*i32")
     numbers = dict.fromkeys(("num_pairs", "choices", "num_blocks", "tile_slots"), "i32")
     constants = {"EXPERTS": int(fields["experts"]), "PAIRS": _PAIRS, "TILE": MAX_TILE}
     if fields["role"] == "decode":
         del pointers["counts"]
         constants["counts"] = None
-    return Source(place_kernel, {**pointers, **numbers}, constants, tuple(pointers))
+    return KernelSource(place_kernel, {**pointers, **numbers}, constants, tuple(pointers))
 
 
-SOURCES: Sources = {"moe_count": _count_source, "moe_place": _place_source}
+SOURCES: KernelSources = {"moe_count": _count_source, "moe_place": _place_source}

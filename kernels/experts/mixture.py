@@ -23,7 +23,7 @@ from kernels.lang import dot, round_to, to_bf16
 from kernels.products.bf16 import place
 from kernels.products.definition import FP8_BLOCK
 from kernels.products.fp8 import quantise_rows
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 
 @triton.jit
@@ -155,9 +155,12 @@ def _product(
     out_PM: Tensor, x: Tensor, matrix: Tensor | Fp8Matrix, groups: Groups, pairs_per_row: int, config: Config
 ) -> None:
     """One of the two products; SwiGLU where the matrix has twice as many rows as `out_PM` columns."""
-    x_scales, weight_scales, scales_stride = None, None, 0
+    x_scales = None
+    weight_scales = None
+    scales_stride = 0
     if isinstance(matrix, Fp8Matrix):
-        (x, x_scales), weight_scales = quantise_rows(x), matrix.scales
+        x, x_scales = quantise_rows(x)
+        weight_scales = matrix.scales
         scales_stride = x_scales.stride(0)
     columns = out_PM.shape[1]
     grid = (groups.tile_experts_T.shape[0] * triton.cdiv(columns, config.constants["BLOCK"]),)
@@ -221,7 +224,7 @@ def _require_matrix(name: str, matrix: Tensor | Fp8Matrix, shape: tuple[int, int
         require_contiguous(f"{name}.scales", matrix.scales)
 
 
-def _experts_source(fields: Mapping[str, str]) -> Source:
+def _experts_source(fields: Mapping[str, str]) -> KernelSource:
     fp8 = fields["weights"] == "fp8"
     operand = "*fp8e4nv" if fp8 else "*bf16"
     signature = {"out": "*bf16", "x": operand, "weights": operand}
@@ -232,7 +235,7 @@ def _experts_source(fields: Mapping[str, str]) -> Source:
         signature |= {"x_scales": "*fp32", "weight_scales": "*fp32"}
     else:
         constants |= {"x_scales": None, "weight_scales": None}
-    return Source(
+    return KernelSource(
         experts_kernel,
         signature,
         constants,
@@ -240,7 +243,7 @@ def _experts_source(fields: Mapping[str, str]) -> Source:
     )
 
 
-def _combine_source(fields: Mapping[str, str]) -> Source:
+def _combine_source(fields: Mapping[str, str]) -> KernelSource:
     pointers = {"out": f"*{fields['out']}", "y": "*bf16", "weights": "*fp32", "num_real_rows": "*i32"}
     numbers = {"width": "i32", "shared_stride": "i32"}
     constants: dict[str, object] = {"CHOICES": MAX_CHOICES}
@@ -248,7 +251,7 @@ def _combine_source(fields: Mapping[str, str]) -> Source:
         pointers["shared"] = "*bf16"
     else:
         constants["shared"] = None
-    return Source(combine_kernel, {**pointers, **numbers}, constants, (*pointers, "width", "shared_stride"))
+    return KernelSource(combine_kernel, {**pointers, **numbers}, constants, (*pointers, "width", "shared_stride"))
 
 
-SOURCES: Sources = {"moe_experts": _experts_source, "moe_combine": _combine_source}
+SOURCES: KernelSources = {"moe_experts": _experts_source, "moe_combine": _combine_source}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.check import require
 from kernels.experts.definition import RouterRule
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 MAX_CHOICES = 8
 _SIZES = (16, 64, 256, 512)  # scores a program holds, each with its own entry in the table
@@ -126,7 +126,7 @@ def _variant(scores: int) -> str:
     return f"experts={next((size for size in _SIZES if scores <= size), scores)}"
 
 
-def _source(fields: Mapping[str, str]) -> Source:
+def _source(fields: Mapping[str, str]) -> KernelSource:
     """Every size with the rule of a model that has it: groups, experts of each, and the rest as in a launch."""
     groups, size, softmax, chosen, best, chosen_groups = {
         16: (4, 4, False, 2, 2, 2),
@@ -138,7 +138,7 @@ def _source(fields: Mapping[str, str]) -> Source:
     numbers = {"logits_stride": "i32", "num_groups": "i32", "group_size": "i32", "scale": "fp32"}
     constants = {"SOFTMAX": softmax, "NORMALISE": not softmax, "CHOSEN": chosen, "GROUP_BEST": best}
     constants |= {"CHOSEN_GROUPS": chosen_groups, "GROUPS": groups, "GROUP": size}
-    return Source(route_kernel, {**pointers, **numbers}, constants, (*pointers, "logits_stride"))
+    return KernelSource(route_kernel, {**pointers, **numbers}, constants, (*pointers, "logits_stride"))
 
 
-SOURCES: Sources = {"route": _source}
+SOURCES: KernelSources = {"route": _source}

@@ -39,7 +39,8 @@ def fp8_row_bytes(latent_rank: int, rope: int) -> int:
 def quantise_latents(rows_NL: Tensor, latent_rank: int) -> Tensor:
     """bf16 rows as uint8 [N, row bytes]. A scale is the group's largest magnitude / 448, rounded up to a power of two
     and at least 2**-126; 1 for a group of zeros."""
-    latent, rope = rows_NL[:, :latent_rank].float(), rows_NL[:, latent_rank:]
+    latent = rows_NL[:, :latent_rank].float()
+    rope = rows_NL[:, latent_rank:]
     groups = latent.unflatten(1, (num_scales(latent_rank), -1))
     mantissa, exponent = torch.frexp(groups.abs().amax(-1))  # 448 is 0.875 * 2**9
     exponent = torch.where(mantissa > LARGEST / 512, exponent - 8, exponent - 9).clamp_(min=-126)

@@ -11,7 +11,7 @@ from kernels.check import require, require_contiguous
 from kernels.lang import to_bf16
 from kernels.latents.definition import GROUP, fp8_row_bytes
 from kernels.latents.transfer import gather_rows
-from kernels.table import Source, Sources, lookup
+from kernels.table import KernelSource, KernelSources, lookup
 
 _GROUP = tl.constexpr(GROUP)
 
@@ -42,7 +42,8 @@ def dequantise_rows_kernel(
 
 def gather_latents(cache: Tensor, slots_T: Tensor, *, latent_rank: int, rope: int) -> Tensor:
     """The bf16 [latent | rotated key] rows of these slots, none of them -1: [T, C + R]. 8-bit rows are dequantised."""
-    num_rows, width = slots_T.shape[0], latent_rank + rope
+    num_rows = slots_T.shape[0]
+    width = latent_rank + rope
     latents_TL = torch.empty(num_rows, width, dtype=torch.bfloat16, device=cache.device)
     if cache.dtype == torch.bfloat16:
         require("cache", cache, (None, None, width), torch.bfloat16)
@@ -60,12 +61,12 @@ def gather_latents(cache: Tensor, slots_T: Tensor, *, latent_rank: int, rope: in
     return latents_TL
 
 
-def _dequantise_source(fields: Mapping[str, str]) -> Source:
+def _dequantise_source(fields: Mapping[str, str]) -> KernelSource:
     pointers = {"out": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "halves": "*bf16", "slots": "*i64"}
     wide = ["row_bytes"] if fields["latent"] == "512" else []
     constants = {"C": int(fields["latent"]), "R": int(fields["rope"])}
     signature = {**pointers, "num_rows": "i32", "row_bytes": "i32"}
-    return Source(dequantise_rows_kernel, signature, constants, (*pointers, *wide))
+    return KernelSource(dequantise_rows_kernel, signature, constants, (*pointers, *wide))
 
 
-SOURCES: Sources = {"dequantise_rows": _dequantise_source}
+SOURCES: KernelSources = {"dequantise_rows": _dequantise_source}

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.check import require, require_contiguous, require_rows
 from kernels.lang import INTERPRETED, to_bf16
 from kernels.latents.definition import GROUP, fp8_row_bytes
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 _ROUND_BY_HAND = tl.constexpr(INTERPRETED)
 _GROUP = tl.constexpr(GROUP)
@@ -157,8 +157,10 @@ def store_latents(
     `qkv_NX` bf16 rows; tables [context, R] fp32 or bf16; positions int32; slots int64, -1: not stored. `cache` is
     [blocks, block_size, C + R] bf16 or [blocks, block_size, bytes] uint8, contiguous. A slot named twice: either row.
     """
-    latent_rank, rope = norm_weight_C.shape[0], cos.shape[1]
-    num_rows, stored_as = qkv_NX.shape[0], "fp8" if cache.dtype == torch.uint8 else "bf16"
+    latent_rank = norm_weight_C.shape[0]
+    rope = cos.shape[1]
+    num_rows = qkv_NX.shape[0]
+    stored_as = "fp8" if cache.dtype == torch.uint8 else "bf16"
     row_elements = fp8_row_bytes(latent_rank, rope) if stored_as == "fp8" else latent_rank + rope
     require("qkv_NX", qkv_NX, (None, None), torch.bfloat16)
     require_rows("qkv_NX", qkv_NX)
@@ -194,7 +196,8 @@ def rotate_queries(
 
     bf16, any strides but the last; tables as in `store_latents`. A row at position -1 gets values without meaning.
     """
-    num_rows, num_heads, rope = *q_NHK.shape[:2], cos.shape[1]
+    num_rows, num_heads = q_NHK.shape[:2]
+    rope = cos.shape[1]
     require("q_NHK", q_NHK, (None, None, nope + rope), torch.bfloat16)
     q_NHR = q_NHK[..., nope:]
     require_rows("q_NHK", q_NHR)
@@ -226,7 +229,7 @@ def _constants(latent_rank: int, rope: int, stored_as: str) -> dict[str, Any]:
     return {"C": latent_rank, "R": rope, "FP8": stored_as == "fp8", "GROUPS": groups}
 
 
-def _store_source(fields: Mapping[str, str]) -> Source:
+def _store_source(fields: Mapping[str, str]) -> KernelSource:
     tables = {"cos": f"*{fields['tables']}", "signed_sin": f"*{fields['tables']}"}
     signature = {
         **{"cache_bf16": "*bf16", "cache_u8": "*u8", "cache_fp32": "*fp32", "qkv": "*bf16", "weight": "*bf16"},
@@ -238,15 +241,15 @@ def _store_source(fields: Mapping[str, str]) -> Source:
     constants = _constants(int(fields["latent"]), int(fields["rope"]), fields["rows"])
     wide = ["row_bytes"] if fields["latent"] == "512" else []
     pointers = [name for name, type in signature.items() if type[0] == "*"]
-    return Source(store_latents_kernel, signature, constants, (*pointers, "qkv_stride", "latent_start", *wide))
+    return KernelSource(store_latents_kernel, signature, constants, (*pointers, "qkv_stride", "latent_start", *wide))
 
 
-def _rotate_source(fields: Mapping[str, str]) -> Source:
+def _rotate_source(fields: Mapping[str, str]) -> KernelSource:
     tables = {"cos": f"*{fields['tables']}", "signed_sin": f"*{fields['tables']}"}
     strides = ("q_row_stride", "q_head_stride", "out_row_stride", "out_head_stride")
     signature = {"out": "*bf16", "q": "*bf16", **tables, "positions": "*i32", "num_heads": "i32"}
     signature |= dict.fromkeys(strides, "i32")
-    return Source(rotate_queries_kernel, signature, {"R": int(fields["rope"])}, ("out", "q", *tables, *strides))
+    return KernelSource(rotate_queries_kernel, signature, {"R": int(fields["rope"])}, ("out", "q", *tables, *strides))
 
 
-SOURCES: Sources = {"store_latents": _store_source, "rotate_queries": _rotate_source}
+SOURCES: KernelSources = {"store_latents": _store_source, "rotate_queries": _rotate_source}

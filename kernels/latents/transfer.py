@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.check import require, require_contiguous, require_rows
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 
 @triton.jit
@@ -90,14 +90,14 @@ def _launch(
     kernel[grid](*operands, UNIT=unit, **config.launch)
 
 
-def _source(kernel: Any, fields: Mapping[str, str]) -> Source:
+def _source(kernel: Any, fields: Mapping[str, str]) -> KernelSource:
     types = {"out": "*i32", "cache": "*i32", "rows": "*i32", "slots": "*i64", "num_rows": "i32", "row_units": "i32"}
     signature = {name: types[name] for name in kernel.arg_names if name in types}
     aligned = tuple(name for name, type in signature.items() if type == "*i32")
-    return Source(kernel, signature, {"UNIT": int(fields["unit"])}, aligned)
+    return KernelSource(kernel, signature, {"UNIT": int(fields["unit"])}, aligned)
 
 
-SOURCES: Sources = {
+SOURCES: KernelSources = {
     "gather_rows": partial(_source, gather_rows_kernel),
     "scatter_rows": partial(_source, scatter_rows_kernel),
 }

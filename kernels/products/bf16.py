@@ -17,11 +17,13 @@ from torch import Tensor
 
 from kernels.check import require, require_rows
 from kernels.lang import dot, round_to, to_bf16
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 Role = Literal["decode", "prefill"]
 ALIGNMENT = 16  # elements: sizes and strides are multiples of it, so that every load is one of 16 bytes
-_NARROW, _MEDIUM = 4096, 8448  # columns up to which a matrix is narrow, medium: tiles for 132 multiprocessors
+# Columns up to which a matrix is narrow, or medium: its tiles keep 132 multiprocessors busy.
+_NARROW = 4096
+_MEDIUM = 8448
 
 
 @triton.jit
@@ -219,7 +221,8 @@ def router_logits(x_NK: Tensor, weight_EK: Tensor, role: Role, *, config: Config
 
 def tiles(config: Config, num_rows: int, num_columns: int) -> int:
     """Programs of a launch; see `place`."""
-    rows, columns = config.constants["BLOCK_ROWS"], config.constants["BLOCK_COLUMNS"]
+    rows = config.constants["BLOCK_ROWS"]
+    columns = config.constants["BLOCK_COLUMNS"]
     return -(-num_rows // rows) * -(-num_columns // columns)
 
 
@@ -258,20 +261,20 @@ def _launch(x_NHK: Tensor, weight: _Weight, bias_M: Tensor | None, out_NHM: Tens
     )
 
 
-def _product_source(out: str, *, k_inner: bool) -> Source:
+def _product_source(out: str, *, k_inner: bool) -> KernelSource:
     sizes = "K M num_biased x_row x_head weight_line weight_head out_row out_head".split()
     pointers = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": f"*{out}"}
     signature = {**pointers, "N": "i32", **dict.fromkeys(sizes, "i32")}
-    return Source(_product, signature, {"K_INNER": k_inner}, (*pointers, *sizes))
+    return KernelSource(_product, signature, {"K_INNER": k_inner}, (*pointers, *sizes))
 
 
-def _router_source(fields: Mapping[str, str]) -> Source:
+def _router_source(fields: Mapping[str, str]) -> KernelSource:
     sizes = "K E x_row weight_row out_row".split()
     pointers = {"x": "*bf16", "weight": f"*{fields['weight']}", "out": "*fp32"}
-    return Source(_router, {**pointers, "N": "i32", **dict.fromkeys(sizes, "i32")}, {}, (*pointers, *sizes))
+    return KernelSource(_router, {**pointers, "N": "i32", **dict.fromkeys(sizes, "i32")}, {}, (*pointers, *sizes))
 
 
-SOURCES: Sources = {
+SOURCES: KernelSources = {
     "linear": lambda fields: _product_source(fields["out"], k_inner=True),
     "head_matmul": lambda fields: _product_source("bf16", k_inner=fields["inner"] == "k"),
     "router_logits": _router_source,

@@ -19,7 +19,7 @@ from kernels.lang import dot, round_to
 from kernels.latents.store import to_e4m3_bits
 from kernels.products.bf16 import Role, dtype_name, place, require_aligned, tiles, width
 from kernels.products.definition import E4M3_MAX, FP8_BLOCK
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 _BLOCK = tl.constexpr(FP8_BLOCK)
 _MAX = tl.constexpr(E4M3_MAX)
@@ -138,11 +138,13 @@ def fp8_linear(
     for name, tensor, rows in (("x_scales_NB", x_scales_NB, N), ("weight_scales_MB", weight_scales_MB, M)):
         require(name, tensor, (rows, num_blocks), torch.float32)
         require_contiguous(name, tensor)
-    bias, num_biased = x_scales_NB.view(torch.bfloat16), 0  # without one, any address will do
+    bias = x_scales_NB.view(torch.bfloat16)  # without one, any address will do
+    num_biased = 0
     if bias_M is not None:
         require("bias_M", bias_M, (M,), torch.bfloat16)
         require_rows("bias_M", bias_M)
-        bias, num_biased = bias_M, M
+        bias = bias_M
+        num_biased = M
     variant = f"role={role},width={width(role, M)},out={dtype_name(out_dtype)}"
     config = config or lookup("fp8_linear", variant, x_NK.device)
     _fp8_product[(tiles(config, N, M),)](
@@ -153,18 +155,18 @@ def fp8_linear(
     return out_NM
 
 
-def _quantise_source(_: Mapping[str, str]) -> Source:
+def _quantise_source(_: Mapping[str, str]) -> KernelSource:
     pointers = {"x": "*bf16", "out_u8": "*u8", "scales": "*fp32"}
     signature = {**pointers, **dict.fromkeys("K x_row out_row scales_row".split(), "i32")}
-    return Source(_quantise_rows, signature, {}, (*pointers, "K", "x_row", "out_row"))
+    return KernelSource(_quantise_rows, signature, {}, (*pointers, "K", "x_row", "out_row"))
 
 
-def _fp8_source(fields: Mapping[str, str]) -> Source:
+def _fp8_source(fields: Mapping[str, str]) -> KernelSource:
     scales = {"x_scales": "*fp32", "weight_scales": "*fp32"}
     pointers = {"x": "*fp8e4nv", "weight": "*fp8e4nv", "bias": "*bf16", "out": f"*{fields['out']}", **scales}
     sizes = "K M num_biased x_row weight_row out_row".split()
     numbers = dict.fromkeys(["N", *sizes, "x_scales_row", "weight_scales_row"], "i32")
-    return Source(_fp8_product, {**pointers, **numbers}, {}, (*pointers, *sizes))
+    return KernelSource(_fp8_product, {**pointers, **numbers}, {}, (*pointers, *sizes))
 
 
-SOURCES: Sources = {"quantise_rows": _quantise_source, "fp8_linear": _fp8_source}
+SOURCES: KernelSources = {"quantise_rows": _quantise_source, "fp8_linear": _fp8_source}

@@ -30,7 +30,8 @@ ROW_FIELDS = {
     "forbids_ends": "i8",  # 1: entries flagged as ends cannot be chosen
 }
 ENTRY_FIELDS = {"id": "i4", "bias": "f4", "count": "i4", "flags": "i4"}  # count: occurrences in the output
-SEEN_FLAG, END_FLAG = 1, 2  # in the prompt or output; ends the request
+SEEN_FLAG = 1  # the token is in the prompt or output
+END_FLAG = 2  # it ends the request
 
 ROW_WORDS = tl.constexpr(len(ROW_FIELDS))
 ENTRY_WORDS = tl.constexpr(len(ENTRY_FIELDS))
@@ -52,7 +53,9 @@ ENTRY_WORDS = tl.constexpr(len(ENTRY_FIELDS))
 ) = (tl.constexpr(column) for column in range(len(ROW_FIELDS)))
 
 # What is left to do for a row after its raw logits were looked at.
-DONE, ADJUSTED_ARGMAX, DRAW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+DONE = tl.constexpr(0)
+ADJUSTED_ARGMAX = tl.constexpr(1)
+DRAW = tl.constexpr(2)
 
 
 @dataclass(frozen=True, slots=True)

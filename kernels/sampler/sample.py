@@ -49,14 +49,15 @@ from kernels.sampler.parameters import (
     log_total,
 )
 from kernels.sampler.select import LIST_LENGTH, NUM_BINS, PLAN_WORDS, bins_kernel, gather_kernel, plan_kernel
-from kernels.table import Config, Source, Sources, lookup
+from kernels.table import Config, KernelSource, KernelSources, lookup
 
 __all__ = ["MAX_VOCAB", "Sampled", "SamplerInputs", "sample_logits"]
 
 _VARIANT = "logits=fp32"
 _MAX_CHUNKS = 64  # a fold over chunks is one vector of this size
 MAX_VOCAB = _MAX_CHUNKS * 4096
-_SEEN, _END = tl.constexpr(SEEN_FLAG), tl.constexpr(END_FLAG)
+_SEEN = tl.constexpr(SEEN_FLAG)
+_END = tl.constexpr(END_FLAG)
 _LOW_WORD = tl.constexpr(0xFFFFFFFF)
 _LARGEST = tl.constexpr(3.4028234663852886e38)  # of finite fp32
 
@@ -228,16 +229,21 @@ def _launch(packed: Tensor, logits: Tensor, inputs: SamplerInputs, configs: Mapp
         return logits.new_empty(shape, dtype=dtype)
 
     per_chunk = num_rows, num_chunks
-    modes, bits = scratch(torch.int32, num_rows), scratch(torch.int64, num_rows)
+    modes = scratch(torch.int32, num_rows)
+    bits = scratch(torch.int64, num_rows)
     saved = scratch(torch.float32, len(inputs.entries))
     highest = scratch(torch.float32, num_rows, 2, num_chunks), scratch(torch.int32, num_rows, 2, num_chunks)
-    totals, finite = scratch(torch.float64, *per_chunk), scratch(torch.int32, *per_chunk)
+    totals = scratch(torch.float64, *per_chunk)
+    finite = scratch(torch.int32, *per_chunk)
     bin_sums = scratch(torch.int64, *per_chunk, NUM_BINS.value)
     bin_counts = scratch(torch.int32, *per_chunk, NUM_BINS.value)
     sums = bin_sums, bin_counts, scratch(torch.int64, *per_chunk)
-    plans, offsets = scratch(torch.int64, num_rows, PLAN_WORDS.value), scratch(torch.int32, *per_chunk)
+    plans = scratch(torch.int64, num_rows, PLAN_WORDS.value)
+    offsets = scratch(torch.int32, *per_chunk)
     lists = scratch(torch.int32, num_rows, LIST_LENGTH.value)
-    chunks, each, size = (num_chunks, num_rows), (num_rows,), (vocab, logits.stride(0))
+    chunks = (num_chunks, num_rows)
+    each = (num_rows,)
+    size = (vocab, logits.stride(0))
     stats, adjust, bins, plan, gather, finish = (configs[name].launch for name in SOURCES)
     fold = {"MAX_CHUNKS": _MAX_CHUNKS}
     of_rows = logits, inputs.rows, modes
@@ -264,12 +270,12 @@ _POINTERS = {
 _SIZES = {"vocab": "i32", "stride": "i32", "num_chunks": "i32", "num_rows": "i32"}
 
 
-def _source(kernel: Any, **constants: Any) -> Source:
+def _source(kernel: Any, **constants: Any) -> KernelSource:
     aligned = (*(name for name in kernel.arg_names if name in _POINTERS), *({"vocab", "stride"} & {*kernel.arg_names}))
-    return Source(kernel, _POINTERS | _SIZES, constants, tuple(aligned))
+    return KernelSource(kernel, _POINTERS | _SIZES, constants, tuple(aligned))
 
 
-SOURCES: Sources = {
+SOURCES: KernelSources = {
     "sampler_stats": lambda fields: _source(stats_kernel, ADJUSTED=False),
     "sampler_adjust": lambda fields: _source(adjust_kernel, MAX_CHUNKS=_MAX_CHUNKS),
     "sampler_bins": lambda fields: _source(bins_kernel, MAX_CHUNKS=_MAX_CHUNKS),

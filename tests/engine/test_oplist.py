@@ -12,7 +12,7 @@ from isthmus.steps import DecodeRow, PrefillChunk, SamplingInput
 from isthmus.types import Request, SamplingParams
 from kernels.elementwise.definition import rms_norm, swiglu
 from kernels.experts import definition
-from kernels.experts.definition import RouterRule, Routing, expert_mlps
+from kernels.experts.definition import ChosenExperts, RouterRule, expert_mlps
 from kernels.latents.definition import rotate
 from kernels.products.definition import grouped_affine, grouped_head_matmul, grouped_matmul
 from tests.engine.engines import bundled_engine, prompt
@@ -98,7 +98,7 @@ def test_routing_of_a_row_does_not_depend_on_the_batch(softmax: bool, group_best
     logits[5] = 0.0  # ties everywhere
     rule = _rule(softmax=softmax, group_best=group_best)
 
-    def route(x: torch.Tensor) -> Routing:
+    def route(x: torch.Tensor) -> ChosenExperts:
         return definition.route(x, None if softmax else bias, rule)
 
     alone = [route(row) for row in logits.split(1)]
@@ -157,7 +157,7 @@ def test_experts_of_a_row_do_not_depend_on_the_batch(dtype: torch.dtype):
     routing = definition.route(torch.randn(256, 6), None, _rule(num_chosen=2, num_groups=1, num_groups_chosen=1))
 
     def experts(count: int, padded: int) -> torch.Tensor:
-        part = Routing(routing.weights_NA[:count], routing.expert_ids_NA[:count])
+        part = ChosenExperts(routing.weights_NA[:count], routing.expert_ids_NA[:count])
         return expert_mlps(x[:padded], part, gate_up, down)
 
     full = experts(256, 256)

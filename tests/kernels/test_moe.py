@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from kernels.experts.definition import Routing, expert_mlps
+from kernels.experts.definition import ChosenExperts, expert_mlps
 from kernels.experts.grouping import group_pairs
 from kernels.experts.mixture import Fp8Matrix, Role, experts
 from kernels.products.definition import fp8_linear, quantise_rows
@@ -58,7 +58,7 @@ def case(num_rows: int, num_experts: int, choices: int, hidden: int, width: int)
 
 
 def oracle(c: Case) -> torch.Tensor:
-    routing = Routing(c.weights, c.ids.long())
+    routing = ChosenExperts(c.weights, c.ids.long())
     return expert_mlps(c.x.float(), routing, c.gate_up.float().transpose(1, 2), c.down.float().transpose(1, 2))
 
 
