@@ -152,7 +152,10 @@ class DecodeBuffers:
 
 
 class DecodeGraphs:
-    """Runs the model's decode step on what is staged: captured once per bucket on CUDA, eagerly elsewhere."""
+    """Runs the model's decode step on what is staged: captured once per bucket on CUDA, eagerly elsewhere.
+
+    Used by the one thread that runs steps; `capture` alone adds graphs, before the first step.
+    """
 
     def __init__(self, model: TritonModel, caches: Sequence[Tensor], buffers: DecodeBuffers) -> None:
         self._model = model

@@ -87,7 +87,7 @@ class _Parameters:
 
 
 class PendingTokens:
-    """Tokens on their way to the host."""
+    """Tokens on their way to the host. Belongs to the step loop; `results` is called once."""
 
     def __init__(self, packed: Tensor, list_logits: Tensor, indices: Sequence[int], tops: Sequence[int | None]) -> None:
         self._packed = packed

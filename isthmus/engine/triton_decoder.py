@@ -1,4 +1,4 @@
-"""Decode steps whose tokens stay on the device: the next step is launched on them before the host has seen one."""
+"""Decode steps whose tokens stay on the device: the next step is launched before the host has seen them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -52,7 +52,7 @@ class Model:
         return self._forward(step.rows, partial(attend_prefill, tiles=step.tiles), caches, on_stored)
 
     def decode(self, step: DecodeStep, caches: Sequence[Tensor], on_stored: OnStored) -> Tensor:
-        """The same of a decode step."""
+        """Logits as of `prefill`, for the rows of a decode step, which attend by the absorbed path."""
         return self._forward(step.rows, partial(attend_decode, pairs=step.pairs), caches, on_stored)
 
     def _forward(self, rows: StepRows, attend: Attend, caches: Sequence[Tensor], on_stored: OnStored) -> Tensor:

@@ -87,7 +87,7 @@ class Weights:
         return ExpertStack(out)
 
     def fused_stack(self, name: str) -> ExpertStack:
-        """The same of a tensor [matrices, out, in]."""
+        """The matrices of a stored tensor [matrices, out, in], in one block of memory."""
         return ExpertStack(self.tensor(name))
 
     def _stay_fp8(self, parts: Sequence[Part]) -> bool:

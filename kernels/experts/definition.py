@@ -18,7 +18,7 @@ class RouterRule(NamedTuple):
     """Constants of a mixture's choice; see `route`."""
 
     softmax: bool  # scores by softmax over all experts (DeepSeek-V2); False: a sigmoid each (DeepSeek-V3)
-    group_best: int  # a group scores as the sum of its best so many experts
+    group_best: int  # a group scores as the sum of its experts' highest scores, this many of them
     num_chosen: int
     num_groups: int
     num_groups_chosen: int
