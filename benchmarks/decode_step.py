@@ -31,7 +31,7 @@ from isthmus.kv.planes import LATENT, kv_layout
 from isthmus.model import Model, triton_layers
 from isthmus.model.triton_model import TritonModel
 from isthmus.steps import DecodeRow
-from kernels.mla_schedule import DecodeScratch
+from kernels.attention_decode.schedule import DecodeScratch
 from tools.checkpoints.published import PUBLISHED
 
 BLOCK = 64

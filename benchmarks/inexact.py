@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kernels import table
-from kernels.mla_schedule import Plan, Splits, plan_of
+from kernels.attention_decode.schedule import Plan, Splits, plan_of
 
 ROW_TILES = (16, 32, 64, 128)
 SPLITS = (512, 2048, 8192, 32768)  # few, since each is compiled

@@ -15,7 +15,7 @@ import isthmus
 from isthmus.checkpoint.model_config import ModelConfig, parse_config
 from isthmus.checkpoint.tensor_names import model_shapes
 from isthmus.model import Model
-from isthmus.model.linear import Experts, Linear
+from isthmus.model.linear import ExpertStack, Linear
 from isthmus.model.load import assemble
 from isthmus.model.weights import Part, Weights
 from tools.checkpoints.published import PUBLISHED
@@ -42,8 +42,8 @@ class RandomWeights(Weights):
     def linear(self, *parts: Part) -> Linear:
         return Linear(self.plain(*parts).t())
 
-    def stack(self, matrices: Sequence[Sequence[Part]]) -> Experts:
-        return Experts(self._matrices(matrices))
+    def stack(self, matrices: Sequence[Sequence[Part]]) -> ExpertStack:
+        return ExpertStack(self._matrices(matrices))
 
     def _matrices(self, matrices: Sequence[Sequence[Part]]) -> Tensor:
         shapes = [self.shapes[f"{part.name}.weight"] for part in matrices[0]]

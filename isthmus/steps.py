@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from isthmus.errors import NonFiniteLogits
 from isthmus.types import Request, SamplingParams, Token
 
-# Positions computed or walked together, at absolute multiples of it; `kernels.ref.TILE` is the same number.
+# Positions computed or walked together, at absolute multiples of it; `kernels.shapes.TILE` is the same number.
 TILE: Final = 64
 
 # Called with the name of a plane and a layer once the step's rows of that place are stored, or their storing is

@@ -1,6 +1,6 @@
 """The committed table of launch configurations: which kernel may run in which variant on which architecture.
 
-`tuned/<module>.json` maps kernel -> architecture -> variant -> {constants, num_warps, num_stages, expect}. A variant is
+`tuned/<room>.json` maps kernel -> architecture -> variant -> {constants, num_warps, num_stages, expect}. A variant is
 a string of fields, `heads=16,latent=512,rope=64,rows=bf16`: all that is fixed at compile time and not chosen by tuning.
 `expect` is what `tools/kernel_table.py` saw when it compiled the entry: registers, shared memory, spills, instructions.
 
@@ -39,7 +39,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class KernelSource:
     """How a variant is compiled ahead of time; each kernel module lists its own in SOURCES, by kernel name."""
 
     kernel: Any  # the triton.jit function
@@ -48,7 +48,7 @@ class Source:
     aligned: tuple[str, ...] = field(default=())  # arguments that are multiples of 16: pointers, strides, sizes
 
 
-Sources = Mapping[str, Callable[[Mapping[str, str]], Source]]
+KernelSources = Mapping[str, Callable[[Mapping[str, str]], KernelSource]]
 
 
 def lookup(kernel: str, variant: str, device: torch.device) -> Config:

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
-from kernels.table import ARCHITECTURES, FOLDER, Source, fields
+from kernels.table import ARCHITECTURES, FOLDER, KernelSource, fields
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 WATCHED = ("HGMMA", "QGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCQMMA", "LDGSTS", "LDSM", "LDL", "STL")
@@ -35,14 +35,14 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def sources() -> dict[str, Any]:
-    """Every kernel by name, from the SOURCES of the modules in kernels/."""
+    """Every kernel by name, from the SOURCES of the modules under kernels/."""
     found: dict[str, Any] = {}
-    for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
+    for module in pkgutil.walk_packages(kernels.__path__, "kernels."):
         found.update(getattr(importlib.import_module(module.name), "SOURCES", {}))
     return found
 
 
-def compile_entry(source: Source, entry: dict[str, Any], architecture: str) -> dict[str, Any]:
+def compile_entry(source: KernelSource, entry: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Registers, shared memory, spilled bytes and watched instructions of one entry."""
     names = source.kernel.arg_names
     constants = {**source.constants, **entry["constants"]}
@@ -89,7 +89,8 @@ def main() -> int:
     parser.add_argument("--architecture", choices=ARCHITECTURES)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the tables [kernels/tuned]")
     args = parser.parse_args()
-    known, verdicts = sources(), []
+    known = sources()
+    verdicts = []
     for path in sorted(args.folder.glob("*.json")):
         kernels_of_file = json.loads(path.read_text(encoding="ascii"))
         for kernel, architectures in kernels_of_file.items():
@@ -112,7 +113,8 @@ def examine(source: Callable, name: str, entry: dict[str, Any], architecture: st
             entry["expect"] = {"triton": triton.__version__, **seen}
         wrong = list(problems(entry, seen, architecture))
     except Exception as error:  # noqa: BLE001 — an entry that does not compile is what is looked for
-        seen, wrong = {}, [f"{type(error).__name__}: {str(error)[-600:]}"]
+        seen = {}
+        wrong = [f"{type(error).__name__}: {str(error)[-600:]}"]
     shown = " ".join(f"{key}={value}" for key, value in seen.items())
     print(f"{architecture} {name} {shown}", *(f"\n    FAILED: {line}" for line in wrong), flush=True)
     return not wrong

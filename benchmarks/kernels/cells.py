@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.ref_latents import dequantise_latents, fp8_row_bytes, quantise_latents
+from kernels.latents.definition import dequantise_latents, fp8_row_bytes, quantise_latents
 
 LATENT, ROPE, BLOCK = 512, 64, 64
 ROW = LATENT + ROPE

@@ -14,8 +14,8 @@ from benchmarks.gpu_timing import Call, Ceilings, Report, Sample, Timer
 from benchmarks.inexact import plan_for
 from benchmarks.kernels.cells import BLOCK, LATENT, Cache, Cell, Error, Inputs, error_of, make_inputs
 from benchmarks.kernels.peers import Peers
-from kernels.mla_decode import paged_mla_decode
-from kernels.mla_schedule import DecodeScratch, Plan, plan_of, schedule_decode
+from kernels.attention_decode.attend import paged_mla_decode
+from kernels.attention_decode.schedule import DecodeScratch, Plan, plan_of, schedule_decode
 
 HEADS, BATCHES, CONTEXTS = (16, 128), (1, 8, 32, 128, 256), tuple(n << 10 for n in (1, 4, 16, 64, 128))
 FP8_MOST_BLOCKS = 32 * (128 << 10) // BLOCK

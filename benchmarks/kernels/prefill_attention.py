@@ -8,18 +8,19 @@ from torch import Tensor
 from benchmarks.gpu_timing import Ceilings, Report, Timer
 from benchmarks.kernels.cells import BLOCK, LATENT, ROPE, ROW
 from benchmarks.kernels.products import made, normal, relative_error
-from kernels import gemm
-from kernels.mla_prefill import paged_mla_prefill
-from kernels.prefill_plan import PrefillPlan
-from kernels.ref import HeadShape
+from kernels.attention_prefill.attend import paged_mla_prefill
+from kernels.attention_prefill.definition import HeadShape
+from kernels.attention_prefill.plan import PrefillPlan
+from kernels.products import bf16
+from kernels.products.bf16 import Role
 
 NOPE, VALUE = 128, 128
 SHAPES = ((16, 1 << 10), (16, 4 << 10), (16, 16 << 10), (128, 4 << 10))
 SCALE = (NOPE + ROPE) ** -0.5
 
 
-def linear(x_NK: Tensor, weight_MK: Tensor, *, role: gemm.Role) -> Tensor:
-    return gemm.linear(x_NK, weight_MK, role=role)
+def linear(x_NK: Tensor, weight_MK: Tensor, *, role: Role) -> Tensor:
+    return bf16.linear(x_NK, weight_MK, role=role)
 
 
 def by_torch(q_NHK: Tensor, latents_NL: Tensor, kv_b_w: Tensor) -> Tensor:

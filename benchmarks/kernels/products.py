@@ -9,8 +9,14 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import Call, Ceilings, Report, Timer
 from benchmarks.inexact import ROW_TILES, with_row_tile
-from kernels import gemm, gemm_fp8, moe, ref
-from kernels.gemm import Role
+from kernels.elementwise.definition import swiglu
+from kernels.experts import mixture as expert_kernels
+from kernels.experts.mixture import Fp8Matrix
+from kernels.products import bf16
+from kernels.products import fp8 as block_fp8
+from kernels.products.bf16 import Role, head_matmul
+from kernels.products.definition import dequantise
+from kernels.products.fp8 import quantise_rows
 
 
 class Shape(NamedTuple):
@@ -83,7 +89,7 @@ def linear(shape: Shape, rows: int, ceilings: Ceilings, timer: Timer) -> list[st
     role = role_of(rows)
 
     def ours(rotation: int) -> Tensor:
-        return gemm.linear(x[rotation], weight[rotation], role=role)
+        return bf16.linear(x[rotation], weight[rotation], role=role)
 
     error = relative_error(ours(0), x[0].float() @ weight[0].float().T)
     tiles = by_row_tile(ours, timer, rotations) if role == "decode" else {}
@@ -110,7 +116,7 @@ def per_head(inputs: int, outputs: int, rows: int, ceilings: Ceilings, timer: Ti
     weight = kv_b[:, :, :128] if inputs == 128 else kv_b[:, :, 128:].transpose(2, 3)
 
     def ours(rotation: int) -> Tensor:
-        gemm.head_matmul(x[rotation], weight[rotation], out, role="decode")
+        head_matmul(x[rotation], weight[rotation], out, role="decode")
         return out
 
     expected = torch.einsum("nhk,hkm->nhm", x[0].float(), weight[0].float())
@@ -150,12 +156,12 @@ def fp8_linear(shape: Shape, rows: int, ceilings: Ceilings, timer: Timer) -> lis
     )
     rotations = timer.rotations(bound.num_bytes)
     x = normal(timer, rotations, rows, shape.inputs)
-    quantised = [gemm_fp8.quantise_rows(one) for one in x]
-    weights = [gemm_fp8.quantise_rows(normal(timer, shape.outputs, shape.inputs)) for _ in range(rotations)]
+    quantised = [quantise_rows(one) for one in x]
+    weights = [quantise_rows(normal(timer, shape.outputs, shape.inputs)) for _ in range(rotations)]
     role = role_of(rows)
 
     def ours(rotation: int) -> Tensor:
-        return gemm_fp8.fp8_linear(*quantised[rotation], *weights[rotation], role=role)
+        return block_fp8.fp8_linear(*quantised[rotation], *weights[rotation], role=role)
 
     ones = torch.ones(max(rows, shape.outputs), device=timer.device)
     scales = {"scale_a": ones[:rows, None], "scale_b": ones[None, : shape.outputs], "out_dtype": torch.bfloat16}
@@ -163,9 +169,9 @@ def fp8_linear(shape: Shape, rows: int, ceilings: Ceilings, timer: Timer) -> lis
     def theirs(rotation: int) -> Tensor:
         return torch._scaled_mm(quantised[rotation][0], weights[rotation][0].T, **scales)  # noqa: SLF001 — no public name
 
-    wide = [ref.dequantise(values, scale, torch.float32) for values, scale in (quantised[0], weights[0])]
+    wide = [dequantise(values, scale, torch.float32) for values, scale in (quantised[0], weights[0])]
     error = relative_error(ours(0), wide[0] @ wide[1].T)
-    calls: dict[str, Call] = {"ours": ours, "with quantising": lambda i: (gemm_fp8.quantise_rows(x[i]), ours(i))}
+    calls: dict[str, Call] = {"ours": ours, "with quantising": lambda i: (quantise_rows(x[i]), ours(i))}
     pair = timer.compare(calls if timer.is_dry else {**calls, "cuBLAS fp8": theirs}, rotations)
     mine = pair["ours"].median if "ours" in pair else float("nan")
     both = pair["with quantising"].median if "with quantising" in pair else float("nan")
@@ -204,7 +210,7 @@ def mixture(rows: int, load: ExpertLoad, ceilings: Ceilings, timer: Timer, *, fp
     role = role_of(rows)
 
     def ours(rotation: int) -> Tensor:
-        return moe.experts(x[rotation], weights[rotation], ids[rotation], gate_up, down, None, role=role)
+        return expert_kernels.experts(x[rotation], weights[rotation], ids[rotation], gate_up, down, None, role=role)
 
     taken = timer.compare({"experts": ours}, count)
     seconds = taken["experts"].median if taken else float("nan")
@@ -224,16 +230,16 @@ def one_row(x_D: Tensor, weights_A: Tensor, ids_A: Tensor, gate_up: Any, down: A
     def matrix(stack: Any, expert: int) -> Tensor:
         if isinstance(stack, Tensor):
             return stack[expert].float()
-        return ref.dequantise(stack.weight[expert], stack.scales[expert], torch.float32)
+        return dequantise(stack.weight[expert], stack.scales[expert], torch.float32)
 
     experts = ids_A.tolist()
-    outputs = [matrix(down, expert) @ ref.swiglu(matrix(gate_up, expert) @ x_D.float()) for expert in experts]
+    outputs = [matrix(down, expert) @ swiglu(matrix(gate_up, expert) @ x_D.float()) for expert in experts]
     return weights_A @ torch.stack(outputs)
 
 
 def as_fp8(matrices_EMK: Tensor) -> Any:
-    quantised = [gemm_fp8.quantise_rows(matrix) for matrix in matrices_EMK]
-    return moe.Fp8Matrix(*(torch.stack(parts) for parts in zip(*quantised, strict=True)))
+    quantised = [quantise_rows(matrix) for matrix in matrices_EMK]
+    return Fp8Matrix(*(torch.stack(parts) for parts in zip(*quantised, strict=True)))
 
 
 def tables(ceilings: Ceilings, report: Report, timer: Timer) -> None:

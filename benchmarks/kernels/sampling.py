@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_timing import Ceilings, Report, Timer
-from kernels.sampler import Sampled, sample_logits
-from kernels.sampler_rows import ROW_FIELDS, SamplerInputs
+from kernels.sampler.parameters import ROW_FIELDS, SamplerInputs
+from kernels.sampler.sample import Sampled, sample_logits
 
 VOCAB, ROWS = 102400, (1, 32, 128)
 

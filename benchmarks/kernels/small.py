@@ -7,12 +7,15 @@ import torch
 
 from benchmarks.gpu_timing import Call, Ceilings, Report, Timer
 from benchmarks.kernels.products import normal
-from kernels import blocks, elementwise, latents, ref
-from kernels.route import route
+from kernels.elementwise.rows import add_rms_norm, rms_norm, swiglu
+from kernels.experts.definition import RouterRule
+from kernels.experts.routing import route
+from kernels.latents.store import store_latents
+from kernels.latents.transfer import gather_rows, scatter_rows
 
 DECODE_ROWS = (1, 32, 128)
-V2_ROUTING = ref.RouterRule(True, 1, 6, 1, 1, False, 1.0)  # noqa: FBT003 — a row of constants
-V3_ROUTING = ref.RouterRule(False, 2, 8, 8, 4, True, 2.5)  # noqa: FBT003
+V2_ROUTING = RouterRule(True, 1, 6, 1, 1, False, 1.0)  # noqa: FBT003 — a row of constants
+V3_ROUTING = RouterRule(False, 2, 8, 8, 4, True, 2.5)  # noqa: FBT003
 
 
 class Case(NamedTuple):
@@ -27,13 +30,13 @@ def norms(timer: Timer, rows: int, width: int) -> Iterator[Case]:
     x, delta, weight = (normal(timer, *shape) for shape in ((rows, width), (rows, width), (width,)))
     gate_up = normal(timer, rows, 4 * width)
     size = 2 * rows * width
-    yield Case(f"rms_norm, {rows} x {width}", 2 * size, lambda _: elementwise.rms_norm(x, weight, 1e-6))
+    yield Case(f"rms_norm, {rows} x {width}", 2 * size, lambda _: rms_norm(x, weight, 1e-6))
     yield Case(
         f"add and norm, {rows} x {width}",
         4 * size,
-        lambda _: elementwise.add_rms_norm(x, delta, weight, 1e-6, 1.0),
+        lambda _: add_rms_norm(x, delta, weight, 1e-6, 1.0),
     )
-    yield Case(f"swiglu, {rows} x {2 * width}", 6 * size, lambda _: elementwise.swiglu(gate_up))
+    yield Case(f"swiglu, {rows} x {2 * width}", 6 * size, lambda _: swiglu(gate_up))
 
 
 def cached_rows(timer: Timer, rows: int) -> Iterator[Case]:
@@ -48,7 +51,7 @@ def cached_rows(timer: Timer, rows: int) -> Iterator[Case]:
             cache = torch.zeros(num_slots // 64, 64, 656, dtype=torch.uint8, device=timer.device)
 
         def call(_: int, cache: torch.Tensor = cache) -> None:
-            latents.store_latents(qkv, weight, 1e-6, *tables, positions, slots, cache, latent_start=start)
+            store_latents(qkv, weight, 1e-6, *tables, positions, slots, cache, latent_start=start)
 
         size = rows * ((C + R) * 2 + cache.shape[2] * cache.element_size() + 8 * R)
         yield Case(f"store latents as {name}, {rows}", size, call)
@@ -64,11 +67,11 @@ def moved_blocks(timer: Timer, row_bytes: int) -> Iterator[Case]:
     slots = (chosen[:, None] * 64 + torch.arange(64, device=timer.device)).view(rotations, count)
     out = torch.empty(rotations, count, row_bytes, dtype=torch.uint8, device=timer.device)
     gather = Case(
-        f"gather {count} rows of {row_bytes} B", size, lambda i: blocks.gather_rows(cache, slots[i], out[i]), rotations
+        f"gather {count} rows of {row_bytes} B", size, lambda i: gather_rows(cache, slots[i], out[i]), rotations
     )
     yield gather
     yield gather._replace(
-        name=f"scatter {count} rows of {row_bytes} B", call=lambda i: blocks.scatter_rows(cache, slots[i], out[i])
+        name=f"scatter {count} rows of {row_bytes} B", call=lambda i: scatter_rows(cache, slots[i], out[i])
     )
 
 
@@ -79,7 +82,7 @@ def routing(timer: Timer, rows: int) -> Iterator[Case]:
         size = rows * (4 * experts + 8 * rule.num_chosen)
 
         def call(
-            _: int, logits: torch.Tensor = logits, bias: torch.Tensor | None = bias, rule: ref.RouterRule = rule
+            _: int, logits: torch.Tensor = logits, bias: torch.Tensor | None = bias, rule: RouterRule = rule
         ) -> None:
             route(logits, bias, rule)
 

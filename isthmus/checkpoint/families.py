@@ -19,7 +19,7 @@ class Bias(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How a token's experts are chosen; see `kernels.ref.route`."""
+    """How a token's experts are chosen; see `kernels.experts.definition.route`."""
 
     softmax: bool  # scores over all experts; False: a sigmoid each
     group_best: int  # a group scores as the sum of its best so many

@@ -9,7 +9,7 @@ from typing import Any
 
 from isthmus.checkpoint.directory import resolve_model
 from isthmus.checkpoint.model_config import Experts, ModelConfig
-from isthmus.cli.model_check import Parameters, Plan, Report, Serving, Weights, check_model, shown_bytes
+from isthmus.cli.model_check import Parameters, Report, Serving, ServingPlan, StoredWeights, check_model, shown_bytes
 from isthmus.errors import CannotStart
 
 _COLUMN = 14
@@ -31,8 +31,8 @@ def run(parsed: argparse.Namespace) -> int:
     return 1 if report.reasons else 0
 
 
-def _plan(parsed: argparse.Namespace) -> Plan:
-    return Plan(
+def _plan(parsed: argparse.Namespace) -> ServingPlan:
+    return ServingPlan(
         dtype=parsed.dtype,
         device=parsed.device,
         block_size=parsed.block_size,
@@ -92,7 +92,7 @@ def _parameters_line(parameters: Parameters) -> str:
     return f"{_shown_count(parameters.total)}, {_shown_count(parameters.active)} active per token"
 
 
-def _weight_lines(weights: Weights) -> Iterator[tuple[str, str]]:
+def _weight_lines(weights: StoredWeights) -> Iterator[tuple[str, str]]:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in weights.dtypes.items())
     yield "stored", f"{shown_bytes(weights.num_bytes)} in {weights.num_tensors:,} tensors: {dtypes}"
     if weights.num_draft_tensors:

@@ -26,7 +26,7 @@ _OF_THE_MODEL: Final = "model: "
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class StoredWeights:
     """Tensors as they are stored; draft layers are among them and not served."""
 
     num_tensors: int
@@ -60,14 +60,14 @@ class Serving:
 
 @dataclass(slots=True)
 class Report:
-    """Parts that could not be found out are None; `reasons` says why."""
+    """What `check_model` found, which alone writes it. Parts that could not be found out are None; `reasons` says why."""
 
     model: str
     path: Path
     dtype: str
     config: ModelConfig | None = None
     parameters: Parameters | None = None
-    weights: Weights | None = None
+    weights: StoredWeights | None = None
     serving: Serving | None = None
     has_tokenizer: bool = False
     has_chat_template: bool = False
@@ -81,7 +81,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ServingPlan:
     """How the model would be served."""
 
     dtype: str
@@ -92,7 +92,7 @@ class Plan:
     cache_dtype: CacheDtype = "auto"
 
 
-def check_model(model: str, plan: Plan) -> Report:
+def check_model(model: str, plan: ServingPlan) -> Report:
     """Raises CannotStart where there is nothing to look at."""
     folder, remote = _open(model)
     report = Report(model if remote is None else f"{remote.name}@{remote.revision}", folder, plan.dtype)
@@ -181,8 +181,8 @@ def _look_at_eos(folder: Path, raw: Mapping[str, Any], report: Report) -> None:
     report.eos_token_ids = token_ids(chosen) or token_ids(raw.get("eos_token_id"))
 
 
-def _weights(tensors: Mapping[str, TensorEntry], draft: Collection[str]) -> Weights:
-    return Weights(
+def _weights(tensors: Mapping[str, TensorEntry], draft: Collection[str]) -> StoredWeights:
+    return StoredWeights(
         num_tensors=len(tensors),
         num_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
         dtypes=dict(Counter(tensor.dtype for tensor in tensors.values()).most_common()),
@@ -200,7 +200,7 @@ def _parameters(config: ModelConfig) -> Parameters:
     return Parameters(total, total - routed + routed * config.experts.num_per_token // config.experts.num_experts)
 
 
-def _serving(config: ModelConfig, plan: Plan, tensors: Mapping[str, TensorEntry]) -> Serving:
+def _serving(config: ModelConfig, plan: ServingPlan, tensors: Mapping[str, TensorEntry]) -> Serving:
     cache_dtype = stored_as(plan.dtype, plan.cache_dtype, plan.device)
     layout = kv_layout(config, "", dtype=cache_dtype, block_size=plan.block_size)
     keeps_fp8 = plan.device == "cuda" and any(tensor.dtype == _FP8 for tensor in tensors.values())

@@ -1,4 +1,7 @@
-"""The numerics canary: a fixed computation whose bits name the workers that may continue each other's streams."""
+"""The numerics canary: a fixed computation run at start, whose bits name the worker's numerics class.
+
+Workers of one numerics class give the same bits for the same tokens, so they may continue each other's streams.
+"""
 
 import hashlib
 import platform
@@ -35,7 +38,11 @@ class _Sequence:
 
 
 def run_canary(runner: StepRunner, pool: BlockPool) -> Numerics:
-    """Computes in scratch blocks of the pool and gives them back. Raises CannotStart if batch 1 and 3 differ."""
+    """The numerics class of this runner, computed in blocks of the pool that are given back.
+
+    The same prompts are computed alone and three at a time. Raises CannotStart if the bits differ, if logits are not
+    finite, or if context or pool are too small.
+    """
     config = runner.model.config
     context = min(_PROMPT_TOKENS + _REPLAYED + _DECODED, config.context_length)
     if context < _REPLAYED + _DECODED + 2:
@@ -54,7 +61,7 @@ def run_canary(runner: StepRunner, pool: BlockPool) -> Numerics:
             for index, prompt in enumerate(prompts)
         ]
         alone = [_outcomes(runner, [one], cut=None)[0] for one in sequences[:2]]
-        # In company each has another place in the batch, and its prompt is cut off every tile and block border.
+        # At batch 3 each has another place in the batch, and its prompt is cut between the borders of tiles and blocks.
         together = _outcomes(runner, sequences[::-1], cut=min(21, lengths[0] - 1))[:0:-1]
     finally:
         pool.release(scratch)
@@ -87,7 +94,8 @@ def _outcomes(runner: StepRunner, sequences: Sequence[_Sequence], *, cut: int | 
     start = cut or 0
     chunks = [PrefillChunk(one.prompt[start:], start, one.block_table, needs_logits=True) for one in sequences]
     logits = runner.prefill(chunks)
-    done, tokens = 0, [one.prompt[:_REPLAYED] for one in sequences]
+    done = 0
+    tokens = [one.prompt[:_REPLAYED] for one in sequences]
     for _ in range(1 + _DECODED):
         watch(logits)
         rows = [

@@ -23,7 +23,7 @@ from isthmus.kv.slots import slots_at
 from isthmus.model.triton_layers import Rows
 from isthmus.model.triton_model import DecodeInputs, TritonModel
 from isthmus.steps import DecodeRow
-from kernels.mla_schedule import MAX_ROWS, DecodeScratch
+from kernels.attention_decode.schedule import MAX_ROWS, DecodeScratch
 
 GROUP = 16  # every bucket is a multiple of it
 _NUM_STAGES = 3  # pinned buffers: one that is filled, and those whose copies wait behind earlier steps
@@ -108,17 +108,21 @@ class DecodeBuffers:
         width: int,
     ) -> None:
         """Rows past the last are padding: token 0 at position -1, stored nowhere."""
-        n, most = len(rows), self._rows
+        n = len(rows)
+        most = self._rows
         header = words[: _WORDS_A_ROW * most].reshape(_WORDS_A_ROW, most)
         token_ids, indices, positions, scales = header[:4]
         slots = header[4:].reshape(-1).view(np.int64)
         own = np.asarray([row.position for row in rows], dtype=np.int32)
         source = np.asarray(sources, dtype=np.int32)
-        token_ids[:n], token_ids[n:] = [row.token_id for row in rows], 0
+        token_ids[:n] = [row.token_id for row in rows]
+        token_ids[n:] = 0
         indices[:] = np.arange(self._first, self._first + most)  # behind the sampled tokens stand the staged ones
         indices[:n] = np.where(source < 0, indices[:n], source)
-        positions[:n], positions[n:] = own, -1
-        scales.view(np.float32)[:n], scales[n:] = self._query_scale[own], 0
+        positions[:n] = own
+        positions[n:] = -1
+        scales.view(np.float32)[:n] = self._query_scale[own]
+        scales[n:] = 0
         words[self._header - _COUNT_WORDS] = n
         tables = words[self._header : self._header + bucket * width].reshape(bucket, width)
         for table, row in zip(tables, rows, strict=False):
@@ -129,7 +133,8 @@ class DecodeBuffers:
 
     def inputs(self, bucket: int) -> DecodeInputs:
         """Of one bucket, made from what is staged; the tokens are looked up where this is called."""
-        rows, words = self._rows, self._device_words
+        rows = self._rows
+        words = self._device_words
         fields = words[self._first : self._first + _WORDS_A_ROW * rows].view(_WORDS_A_ROW, rows)
         _, indices, positions, scales = fields[:4, :bucket]
         count = self._first + self._header - _COUNT_WORDS
@@ -147,10 +152,15 @@ class DecodeBuffers:
 
 
 class DecodeGraphs:
-    """Runs the model's decode step on what is staged: captured once per bucket on CUDA, eagerly elsewhere."""
+    """Runs the model's decode step on what is staged: captured once per bucket on CUDA, eagerly elsewhere.
+
+    Used by the one thread that runs steps; `capture` alone adds graphs, before the first step.
+    """
 
     def __init__(self, model: TritonModel, caches: Sequence[Tensor], buffers: DecodeBuffers) -> None:
-        self._model, self._caches, self._buffers = model, caches, buffers
+        self._model = model
+        self._caches = caches
+        self._buffers = buffers
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.inference_mode()

@@ -28,12 +28,12 @@ CopyRows = Callable[[Tensor, Tensor, Tensor], None]  # cache rows [S, bytes], sl
 
 
 def gather_rows(rows_SB: Tensor, slots_T: Tensor, packed_TB: Tensor) -> None:
-    """What `kernels.blocks.gather_rows` does, in torch."""
+    """What `kernels.latents.transfer.gather_rows` does, in torch."""
     torch.index_select(rows_SB, 0, slots_T, out=packed_TB)
 
 
 def scatter_rows(rows_SB: Tensor, slots_T: Tensor, packed_TB: Tensor) -> None:
-    """What `kernels.blocks.scatter_rows` does, in torch."""
+    """What `kernels.latents.transfer.scatter_rows` does, in torch."""
     rows_SB.index_copy_(0, slots_T, packed_TB)
 
 
@@ -54,7 +54,8 @@ class DeviceMemory:
         self.layout = cache.layout
         self.num_blocks = cache.shape.num_blocks
         self._stored = cache.stored
-        self._gather, self._scatter = gather, scatter
+        self._gather = gather
+        self._scatter = scatter
         self._rows = {
             (plane, layer): blocks.flatten(0, 1).view(torch.uint8)
             for plane, layers in cache.layers.items()
@@ -105,8 +106,10 @@ class DeviceMemory:
         self, plane: str, block_table: Sequence[int], interval: tuple[int, int], body: Bytes
     ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
         """(slots, the body's part) of as many rows as the staging holds."""
-        row_bytes, block_size = self.row_bytes(plane), self.layout.block_size
-        first_block, last_block = interval[0] // block_size, (interval[1] - 1) // block_size
+        row_bytes = self.row_bytes(plane)
+        block_size = self.layout.block_size
+        first_block = interval[0] // block_size
+        last_block = (interval[1] - 1) // block_size
         blocks = np.asarray(block_table[first_block : last_block + 1])
         slots = slots_at(blocks, np.arange(interval[0], interval[1]) - first_block * block_size, block_size)
         rest = np.frombuffer(body, dtype=np.uint8)

@@ -20,8 +20,8 @@ from isthmus.engine.sampler import with_logprobs
 from isthmus.errors import NonFiniteLogits
 from isthmus.steps import SamplingInput, StepResult, has_penalty, tokens_that_end
 from isthmus.types import Request, Token
-from kernels.sampler import MAX_VOCAB, Sampled, SamplerInputs, sample_logits
-from kernels.sampler_rows import END_FLAG, ENTRY_FIELDS, ROW_FIELDS, SEEN_FLAG
+from kernels.sampler.parameters import END_FLAG, ENTRY_FIELDS, ROW_FIELDS, SEEN_FLAG
+from kernels.sampler.sample import MAX_VOCAB, Sampled, SamplerInputs, sample_logits
 from kernels.table import Config
 
 _ROW = np.dtype(list(ROW_FIELDS.items()))
@@ -44,7 +44,8 @@ class _Parameters:
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling
-        self.row, self.entries = _row(self.request), np.zeros(64, _ENTRY)
+        self.row = _row(self.request)
+        self.entries = np.zeros(64, _ENTRY)
         for token_id, bias in sampling.logit_bias:
             self._entry(token_id)["bias"] = bias
         if has_penalty(sampling) and sampling.repetition_penalty != 1:
@@ -86,10 +87,13 @@ class _Parameters:
 
 
 class PendingTokens:
-    """Tokens on their way to the host."""
+    """Tokens on their way to the host. Belongs to the step loop; `results` is called once."""
 
     def __init__(self, packed: Tensor, list_logits: Tensor, indices: Sequence[int], tops: Sequence[int | None]) -> None:
-        self._packed, self._list_logits, self._indices, self._tops = packed, list_logits, indices, tops
+        self._packed = packed
+        self._list_logits = list_logits
+        self._indices = indices
+        self._tops = tops
         self._arrived = torch.cuda.Event() if packed.is_pinned() else None
         if self._arrived is not None:
             self._arrived.record()
@@ -131,7 +135,8 @@ class DeviceSampler:
     ) -> None:
         if vocab_size > MAX_VOCAB:
             raise ValueError(f"the vocabulary is {vocab_size}, the sampler takes {MAX_VOCAB} at most")
-        self._vocab_size, self._configs = vocab_size, configs
+        self._vocab_size = vocab_size
+        self._configs = configs
         self.inputs = SamplerInputs.allocate(max_rows, num_entries, device)
         self._known: dict[str, _Parameters] = {}
         self._indices: Sequence[int] = ()
@@ -147,21 +152,27 @@ class DeviceSampler:
         if len(sequences) > max_rows:
             raise ValueError(f"a step samples {max_rows} rows at most, not {len(sequences)}")
         indices = [len(sequence.token_ids) for sequence in sequences] if indices is None else indices
-        rows, slices, known = np.zeros(max_rows, _ROW), list[npt.NDArray](), dict[str, _Parameters]()
+        rows = np.zeros(max_rows, _ROW)
+        slices = list[npt.NDArray]()
+        known = dict[str, _Parameters]()
         for row, (sequence, index) in enumerate(zip(sequences, indices, strict=True)):
             parameters = known[sequence.request.request_id] = self._parameters(sequence)
             rows[row] = parameters.row
             rows["forbids_ends"][row] = index < sequence.request.sampling.min_tokens
             slices.append(parameters.needed(index).copy())
         ends = np.cumsum([0, *map(len, slices)])
-        num_rows, num_entries = len(slices), int(ends[-1])
+        num_rows = len(slices)
+        num_entries = int(ends[-1])
         if num_entries > len(self.inputs.entries):
             self.inputs = SamplerInputs(
                 self.inputs.rows, self.inputs.entries.new_zeros(2 * num_entries, len(ENTRY_FIELDS))
             )
         own = rows[:num_rows]
-        own["index"], own["first_entry"], own["end_entry"] = indices, ends[:-1], ends[1:]
-        self._known, self._indices = known, indices
+        own["index"] = indices
+        own["first_entry"] = ends[:-1]
+        own["end_entry"] = ends[1:]
+        self._known = known
+        self._indices = indices
         self._tops = [sequence.request.sampling.logprobs for sequence in sequences]
         _copy(rows.view(np.int64).reshape(max_rows, -1), self.inputs.rows)
         if num_entries:
@@ -196,7 +207,8 @@ class DeviceSampler:
 
 
 def _row(request: Request) -> np.void:
-    sampling, row = request.sampling, np.zeros(1, _ROW)[0]
+    sampling = request.sampling
+    row = np.zeros(1, _ROW)[0]
     row["temperature"] = sampling.temperature
     row["top_k"] = max(sampling.top_k, 0)
     row["top_p"], row["top_p_shift"] = _binary(sampling.top_p) if sampling.top_p < 1 else (0, 0)

@@ -44,6 +44,7 @@ class LatentCache:
     """`layers[plane name][layer]` is [num_blocks, block_size, row_elements], written by step loop and receiver.
 
     `rows[plane name][layer]` is the same memory as [slots + 1, row_elements]; a slot is block * block_size + offset.
+    A block is written by whoever holds it in the block pool, one thread at a time; the tensors are never replaced.
     """
 
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:

@@ -39,8 +39,11 @@ def profile_steps(
     decode_rows: int,
     prefill_tokens: int,
 ) -> MemoryProfile:
-    """Opens a runner on a cache of one block and runs its largest steps at the end of the context: every block of
-    their tables is that one, so they compute nothing of meaning. Raises CannotStart when they do not fit."""
+    """Opens a runner on a cache of one block and runs its largest steps at the end of the context.
+
+    Every block of their tables is that one, so what they compute has no meaning. Raises CannotStart when they do not
+    fit beside the weights.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     free = _free_bytes(device)
     try:

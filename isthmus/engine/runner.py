@@ -1,4 +1,4 @@
-"""Runs steps of the model on a cache. Stateless between steps: what a step sees is its rows and the cache.
+"""Runs steps of the model on a cache. Nothing is kept between steps: a step sees its rows and the cache.
 
 Called from one thread at a time, the one that owns the cache's blocks.
 """
@@ -70,14 +70,17 @@ class TorchRunner:
 
 
 def check_chunks(chunks: Sequence[PrefillChunk], config: ModelConfig, layout: KvLayout) -> None:
-    """One wrong id or table would end the step for every other sequence in it, or read another's blocks: ValueError."""
+    """Raises ValueError for a chunk with a wrong token id, position or block table.
+
+    One such chunk would end the step for every other sequence in it, or read another sequence's blocks.
+    """
     _check_any(chunks)
     for chunk in chunks:
         _check(config, layout, chunk.token_ids, chunk.start, chunk.block_table)
 
 
 def check_rows(rows: Sequence[DecodeRow], config: ModelConfig, layout: KvLayout) -> None:
-    """The same of a decode step."""
+    """What `check_chunks` does, for the rows of a decode step."""
     _check_any(rows)
     for row in rows:
         _check(config, layout, (row.token_id,), row.position, row.block_table)

@@ -111,7 +111,8 @@ def _penalise(adjusted_V: _Floats, sequence: SamplingInput) -> None:
     with np.errstate(over="ignore"):
         if sampling.repetition_penalty != 1:
             seen = list(counts.keys() | set(sequence.request.prompt_token_ids))
-            values, penalty = adjusted_V[seen], np.float32(sampling.repetition_penalty)
+            values = adjusted_V[seen]
+            penalty = np.float32(sampling.repetition_penalty)
             adjusted_V[seen] = np.where(values > 0, values / penalty, values * penalty).clip(limits.min, limits.max)
         if counts:
             repeats = np.array(list(counts.values()), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Decode steps whose tokens stay on the device: the next step is launched on them before the host has seen one."""
+"""Decode steps whose tokens stay on the device: the next step is launched before the host has seen them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -32,9 +32,11 @@ class TritonDecoder:
     runs_ahead = True
 
     def __init__(self, runner: TritonRunner) -> None:
-        config, device = runner.model.config, runner.model.device
+        config = runner.model.config
+        device = runner.model.device
         self._runner = runner
-        self._num_layers, self._device = config.num_layers, device
+        self._num_layers = config.num_layers
+        self._device = device
         self._sampler = DeviceSampler(config.vocab_size, runner.buffers.buckets[-1], device)
         if device.type == "cuda":  # compiles it
             self._sampler.launch(torch.zeros(runner.buffers.buckets[0], config.vocab_size, device=device))

@@ -25,8 +25,8 @@ from isthmus.model import Model
 from isthmus.model.triton_layers import Rows
 from isthmus.model.triton_model import PrefillInputs, TritonModel
 from isthmus.steps import DecodeRow, OnStored, PrefillChunk, ignore_stored
-from kernels.mla_schedule import DecodeScratch
-from kernels.prefill_plan import SEGMENT_TOKENS, PrefillPlan
+from kernels.attention_decode.schedule import DecodeScratch
+from kernels.attention_prefill.plan import SEGMENT_TOKENS, PrefillPlan
 from kernels.table import architecture_of
 
 
@@ -99,7 +99,8 @@ class TritonRunner:
 
     def _prefill_inputs(self, chunks: Sequence[PrefillChunk]) -> PrefillInputs:
         """Rows of all chunks one after the other."""
-        block_size, device = self.cache.layout.block_size, self.model.device
+        block_size = self.cache.layout.block_size
+        device = self.model.device
         positions_of = [np.arange(chunk.start, chunk.end) for chunk in chunks]
         positions = np.concatenate(positions_of)
         slots = [
@@ -137,6 +138,6 @@ def kernels_name(device: torch.device) -> str:
     """`triton`, its version, the architecture, and a digest of the kernels' sources and their table."""
     folder = Path(kernels.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), *folder.glob("tuned/*.json")]):
-        digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    for path in sorted([*folder.rglob("*.py"), *folder.glob("tuned/*.json")]):
+        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes())
     return f"triton {triton.__version__} {architecture_of(device)} {digest.hexdigest()[:16]}"

@@ -102,7 +102,8 @@ class BlockPool:
 
     def counts(self) -> BlockCounts:
         with self._lock:
-            cached, draining = len(self._cached), len(self._sends)
+            cached = len(self._cached)
+            draining = len(self._sends)
             free = len(self._blank) + cached
             return BlockCounts(self.num_blocks, free, cached, self.num_blocks - free, draining)
 

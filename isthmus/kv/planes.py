@@ -48,7 +48,7 @@ def latent_plane(config: ModelConfig, dtype: str) -> Plane:
 def fp8_row_bytes(latent_rank: int, rope: int) -> int:
     """Bytes of a cached fp8 row: one for each latent, an fp32 scale for each group of them, bf16 rotated elements.
 
-    `kernels.ref_latents`, which stores such rows and imports nothing of ours, has the same number under the same name.
+    `kernels.latents.definition`, whose library imports nothing of ours, has the same number under the same name.
     Raises CannotStart for a rank that is neither whole groups nor less than one.
     """
     if (latent_rank > _FP8_GROUP and latent_rank % _FP8_GROUP) or latent_rank % 16:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import ref
+from kernels.products.definition import dequantise, grouped_affine, grouped_matmul
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +16,8 @@ class Linear:
     def forward(self, x_NK: Tensor, *, group: int) -> Tensor:
         """x @ weight + bias, `group` rows a product; N is a multiple of it."""
         if self.bias is None:
-            return ref.grouped_matmul(x_NK, self.weight, group=group)
-        return ref.grouped_affine(x_NK, self.weight, self.bias, group=group)
+            return grouped_matmul(x_NK, self.weight, group=group)
+        return grouped_affine(x_NK, self.weight, self.bias, group=group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,12 @@ class Fp8Linear:
     bias: Tensor | None = None
 
     def forward(self, x_NK: Tensor, *, group: int) -> Tensor:
-        weight = ref.dequantise(self.weight, self.scales, self.dtype)
+        weight = dequantise(self.weight, self.scales, self.dtype)
         return Linear(weight.t(), self.bias).forward(x_NK, group=group)
 
 
-class Experts:
-    """The experts' matrices, as `ref.expert_mlps` takes them: [in, out] views of one stack."""
+class ExpertStack:
+    """The experts' matrices, as `expert_mlps` takes them: [in, out] views of one stack."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight  # [E, out, in]
@@ -46,7 +46,7 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Experts:
+class Fp8ExpertStack:
     """The same in block-FP8."""
 
     weight: Tensor  # [E, out, in] e4m3
@@ -54,4 +54,4 @@ class Fp8Experts:
     dtype: torch.dtype
 
     def __getitem__(self, expert: int) -> Tensor:
-        return ref.dequantise(self.weight[expert], self.scales[expert], self.dtype).t()
+        return dequantise(self.weight[expert], self.scales[expert], self.dtype).t()

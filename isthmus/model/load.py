@@ -19,7 +19,8 @@ from isthmus.model.mlp import DenseMlp, ExpertsMlp
 from isthmus.model.model import Layer, Model
 from isthmus.model.rope import position_tables
 from isthmus.model.weights import Part, Progress, Weights
-from kernels import ref
+from kernels.attention_prefill.definition import HeadShape
+from kernels.experts.definition import Matrices, RouterRule
 
 # transformers builds q_a_layernorm and kv_a_layernorm with RMSNorm's default, whatever rms_norm_eps says.
 _LATENT_NORM_EPS = 1e-6
@@ -47,7 +48,8 @@ def load_model(
 
 def assemble(config: ModelConfig, weights: Weights) -> Model:
     """The model of these weights, in their dtype on their device."""
-    dtype, device = weights.dtype, weights.device
+    dtype = weights.dtype
+    device = weights.device
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
         layers = tuple(threads.map(lambda layer: _layer(config, layer, weights), range(config.num_layers)))
     embedding = weights.tensor("model.embed_tokens.weight")
@@ -85,7 +87,9 @@ def _layer(config: ModelConfig, layer: int, weights: Weights) -> Layer:
 
 def _attention(config: ModelConfig, weights: Weights, layer: str) -> Attention:
     prefix = f"{layer}self_attn."
-    H, nope, rope = config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    H = config.num_heads
+    nope = config.qk_nope_head_dim
+    rope = config.qk_rope_head_dim
     has_q_lora = config.q_lora_rank is not None
     q_order = _rotary_order(config, num_heads=H, before=nope)
     q_a = Part(f"{prefix}q_a_proj") if has_q_lora else Part(f"{prefix}q_proj", q_order)
@@ -96,7 +100,7 @@ def _attention(config: ModelConfig, weights: Weights, layer: str) -> Attention:
         norm=weights.tensor(f"{layer}input_layernorm.weight"),
         norm_eps=config.rms_norm_eps,
         latent_norm_eps=_LATENT_NORM_EPS,
-        shape=ref.HeadShape(H, nope, rope, config.v_head_dim, config.kv_lora_rank),
+        shape=HeadShape(H, nope, rope, config.v_head_dim, config.kv_lora_rank),
         qkv_a=weights.linear(q_a, kv_a),
         q_a_norm=weights.tensor(f"{prefix}q_a_layernorm.weight") if has_q_lora else None,
         q_b=weights.linear(Part(f"{prefix}q_b_proj", q_order)) if has_q_lora else None,
@@ -127,13 +131,14 @@ def _dense_mlp(weights: Weights, prefix: str) -> DenseMlp:
 
 
 def _mixture(config: ModelConfig, experts: Experts, weights: Weights, layer: str) -> ExpertsMlp:
-    routing, prefix = experts.routing, f"{layer}mlp."
+    routing = experts.routing
+    prefix = f"{layer}mlp."
     bias = f"{prefix}gate.e_score_correction_bias"
     gate_up, down = _stacks(experts, weights, f"{prefix}experts.")
     return ExpertsMlp(
         router=weights.tensor(f"{prefix}gate.weight", torch.float32 if routing.in_fp32 else None).t(),
         bias=weights.tensor(bias, torch.float32) if bias in weights.entries else None,
-        rule=ref.RouterRule(
+        rule=RouterRule(
             softmax=routing.softmax,
             group_best=routing.group_best,
             num_chosen=experts.num_per_token,
@@ -150,7 +155,7 @@ def _mixture(config: ModelConfig, experts: Experts, weights: Weights, layer: str
     )
 
 
-def _stacks(experts: Experts, weights: Weights, prefix: str) -> tuple[ref.Matrices, ref.Matrices]:
+def _stacks(experts: Experts, weights: Weights, prefix: str) -> tuple[Matrices, Matrices]:
     """Gate and up joined, and down; the published files hold a tensor per expert, transformers may write them fused."""
     if f"{prefix}gate_up_proj" in weights.entries:
         return weights.fused_stack(f"{prefix}gate_up_proj"), weights.fused_stack(f"{prefix}down_proj")

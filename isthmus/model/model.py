@@ -14,7 +14,9 @@ from isthmus.model.mlp import Mlp
 from isthmus.model.rope import PositionTables
 from isthmus.model.step import DecodeStep, PrefillStep, StepRows
 from isthmus.steps import OnStored
-from kernels import ref
+from kernels.elementwise.definition import rms_norm
+from kernels.products.definition import grouped_matmul
+from kernels.shapes import DECODE_GROUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Model:
         return self._forward(step.rows, partial(attend_prefill, tiles=step.tiles), caches, on_stored)
 
     def decode(self, step: DecodeStep, caches: Sequence[Tensor], on_stored: OnStored) -> Tensor:
-        """The same of a decode step."""
+        """Logits as of `prefill`, for the rows of a decode step, which attend by the absorbed path."""
         return self._forward(step.rows, partial(attend_decode, pairs=step.pairs), caches, on_stored)
 
     def _forward(self, rows: StepRows, attend: Attend, caches: Sequence[Tensor], on_stored: OnStored) -> Tensor:
@@ -60,7 +62,7 @@ class Model:
             queries = project_and_store(layer.attention, x, rows, tables, cache)
             on_stored(LATENT, index)
             x = self.residual(x, attend(layer.attention, queries, cache))
-            normed = ref.rms_norm(x, layer.mlp_norm, eps=layer.mlp_norm_eps)
+            normed = rms_norm(x, layer.mlp_norm, eps=layer.mlp_norm_eps)
             x = self.residual(x, layer.mlp.forward(normed, rows.num_rows, group=rows.group))
         return self._logits(x, rows)
 
@@ -68,6 +70,6 @@ class Model:
         """Of the rows the step asks for; the head takes DECODE_GROUP rows a product in both roles."""
         if rows.num_logits == 0:
             return x_ND.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-        wanted = ref.rms_norm(x_ND.index_select(0, rows.logit_rows), self.norm, eps=self.config.rms_norm_eps)
+        wanted = rms_norm(x_ND.index_select(0, rows.logit_rows), self.norm, eps=self.config.rms_norm_eps)
         wanted = wanted / self.config.logit_divisor
-        return ref.grouped_matmul(wanted, self.head, group=ref.DECODE_GROUP)[: rows.num_logits].float()
+        return grouped_matmul(wanted, self.head, group=DECODE_GROUP)[: rows.num_logits].float()

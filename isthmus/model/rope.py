@@ -11,7 +11,7 @@ from isthmus.checkpoint.rope_config import Rope
 
 
 class PositionTables(NamedTuple):
-    """One row per position; cos and sin as `kernels.ref.rotate` takes them."""
+    """One row per position; cos and sin as `kernels.latents.definition.rotate` takes them."""
 
     cos: Tensor  # [context_length, R] in the dtype the rotation is computed in
     signed_sin: Tensor  # [context_length, R]
@@ -24,11 +24,13 @@ class PositionTables(NamedTuple):
 
 
 def position_tables(config: ModelConfig, dtype: torch.dtype) -> PositionTables:
-    rope, dim = config.rope, config.qk_rope_head_dim
+    rope = config.rope
+    dim = config.qk_rope_head_dim
     positions = torch.arange(config.context_length, dtype=torch.float32)
     angles = positions[:, None] * _frequencies(rope, dim)
     magnitude = _magnitude(rope)
-    cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
+    cos = angles.cos() * magnitude
+    sin = angles.sin() * magnitude
     rotation_dtype = torch.float32 if config.rotates_in_fp32 else dtype
     return PositionTables(
         torch.cat((cos, cos), dim=-1).to(rotation_dtype),
@@ -82,10 +84,13 @@ def _yarn_frequencies(wavelengths: Tensor, rope: Rope) -> Tensor:
         turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(rope.theta))
 
-    low, high = dimension_turning(rope.beta_fast), dimension_turning(rope.beta_slow)
+    low = dimension_turning(rope.beta_fast)
+    high = dimension_turning(rope.beta_slow)
     if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
     width = high - low if high != low else 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     extrapolated = 1 - ramp

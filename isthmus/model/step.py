@@ -13,7 +13,9 @@ from torch import Tensor
 
 from isthmus.kv.slots import CacheShape, slots_at
 from isthmus.steps import TILE, DecodeRow, PrefillChunk
-from kernels import ref
+from kernels.attention_decode.definition import MIN_PAIRS, DecodePairs
+from kernels.attention_prefill.definition import KeyTile, PrefillTiles
+from kernels.shapes import DECODE_GROUP
 
 # (row, tile) pairs attended at once in decode: bounds the gathered latents (16 to 150 KiB a pair).
 MAX_PAIRS = 1024
@@ -33,13 +35,13 @@ class StepRows:
 @dataclass(frozen=True, slots=True)
 class PrefillStep:
     rows: StepRows
-    tiles: ref.PrefillTiles
+    tiles: PrefillTiles
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
     rows: StepRows
-    pairs: tuple[ref.DecodePairs, ...]  # each for a run of consecutive rows
+    pairs: tuple[DecodePairs, ...]  # each for a run of consecutive rows
 
 
 def prefill_step(chunks: Sequence[PrefillChunk], cache: CacheShape, device: torch.device) -> PrefillStep:
@@ -67,7 +69,7 @@ def decode_step(rows: Sequence[DecodeRow], cache: CacheShape, device: torch.devi
     tiles = np.asarray([row.position // TILE + 1 for row in rows])
     order = np.argsort(-tiles, kind="stable")
     sorted_rows = [rows[index] for index in order]
-    parts: list[tuple[ref.DecodePairs, np.ndarray]] = []
+    parts: list[tuple[DecodePairs, np.ndarray]] = []
     first = 0
     while first < len(rows):
         last = first + max(1, MAX_PAIRS // int(tiles[order[first]]))
@@ -78,7 +80,7 @@ def decode_step(rows: Sequence[DecodeRow], cache: CacheShape, device: torch.devi
         np.asarray([row.token_id for row in sorted_rows]),
         np.asarray([row.position for row in sorted_rows]),
         np.concatenate(slots),
-        group=ref.DECODE_GROUP,
+        group=DECODE_GROUP,
         logit_rows=np.argsort(order).tolist(),
         device=device,
     )
@@ -102,7 +104,7 @@ def _step_rows(
         slots=torch.from_numpy(slots).to(device),
         num_rows=num_rows,
         group=group,
-        logit_rows=torch.tensor(logit_rows + [0] * (-len(logit_rows) % ref.DECODE_GROUP)).to(device),
+        logit_rows=torch.tensor(logit_rows + [0] * (-len(logit_rows) % DECODE_GROUP)).to(device),
         num_logits=len(logit_rows),
     )
 
@@ -115,9 +117,7 @@ def _padded_table(block_table: Sequence[int], num_positions: int, cache: CacheSh
     return table
 
 
-def _decode_pairs(
-    rows: Sequence[DecodeRow], cache: CacheShape, device: torch.device
-) -> tuple[ref.DecodePairs, np.ndarray]:
+def _decode_pairs(rows: Sequence[DecodeRow], cache: CacheShape, device: torch.device) -> tuple[DecodePairs, np.ndarray]:
     """Pairs of rows that stand in descending order of tiles, and the slot each row's own latent is stored in."""
     own = np.asarray([row.position for row in rows])
     num_tiles = own // TILE + 1
@@ -132,9 +132,9 @@ def _decode_pairs(
     slots = np.where(hidden, cache.zero_slot, seen).reshape(-1, most, TILE).swapaxes(0, 1)
     exists = np.arange(most)[:, None] < num_tiles  # [T, B]
     of_row = np.where(exists, (exists.cumsum() - 1).reshape(exists.shape), exists.sum())
-    copies = max(1, ref.MIN_PAIRS // int(exists.sum()))
+    copies = max(1, MIN_PAIRS // int(exists.sum()))
     hidden_pairs = hidden.reshape(-1, most, TILE).swapaxes(0, 1)[exists][:, None]
-    pairs = ref.DecodePairs(
+    pairs = DecodePairs(
         slots=torch.from_numpy(np.tile(slots[exists], (copies, 1)).reshape(-1)).to(device),
         hidden=torch.from_numpy(np.tile(hidden_pairs, (copies, 1, 1))).to(device),
         row=torch.from_numpy(np.tile(np.nonzero(exists)[1], copies)).to(device),
@@ -146,7 +146,7 @@ def _decode_pairs(
 
 def _prefill_tiles(
     chunks: Sequence[PrefillChunk], tables: Sequence[np.ndarray], num_rows: int, cache: CacheShape, device: torch.device
-) -> ref.PrefillTiles:
+) -> PrefillTiles:
     query_tiles = [
         (tile, sequence)
         for sequence, chunk in enumerate(chunks)
@@ -164,7 +164,7 @@ def _prefill_tiles(
         rows[slots] = step_rows
         slot_of_row[step_rows] = slots
     ends = [chunk.end for chunk in chunks]
-    return ref.PrefillTiles(
+    return PrefillTiles(
         rows=torch.from_numpy(rows).to(device),
         slot_of_row=torch.from_numpy(slot_of_row).to(device),
         keys=tuple(_key_tile(tile, query_tiles, tables, ends, cache, device) for tile in range(query_tiles[0][0] + 1)),
@@ -178,7 +178,7 @@ def _key_tile(
     ends: list[int],
     cache: CacheShape,
     device: torch.device,
-) -> ref.KeyTile:
+) -> KeyTile:
     seeing = [query_tile for query_tile in query_tiles if query_tile[0] >= tile]
     sequences = list(dict.fromkeys(sequence for _, sequence in seeing))
     positions = np.arange(tile * TILE, (tile + 1) * TILE)
@@ -194,4 +194,4 @@ def _key_tile(
         diagonal = np.asarray([query_tile == tile for query_tile, _ in seeing])
         future = np.triu(np.ones((TILE, TILE), dtype=bool), k=1)
         hidden = torch.from_numpy((diagonal[:, None, None] & future)[:, None]).to(device)
-    return ref.KeyTile(torch.from_numpy(np.concatenate(slots)).to(device), sequence_of, hidden, len(seeing))
+    return KeyTile(torch.from_numpy(np.concatenate(slots)).to(device), sequence_of, hidden, len(seeing))

@@ -14,9 +14,10 @@ from isthmus.kv.planes import LATENT
 from isthmus.model.model import Layer, Model
 from isthmus.model.triton_layers import Rows, TritonAttention, triton_mlp
 from isthmus.steps import OnStored
-from kernels import elementwise, gemm
-from kernels.mla_schedule import DecodeScratch, schedule_decode
-from kernels.prefill_plan import PrefillPlan
+from kernels.attention_decode.schedule import DecodeScratch, schedule_decode
+from kernels.attention_prefill.plan import PrefillPlan
+from kernels.elementwise.rows import add_rms_norm, embed, rms_norm
+from kernels.products.bf16 import linear
 from kernels.table import UnsupportedKernel
 
 _MULTIPLE = 16  # every size of a product is a multiple of it
@@ -41,7 +42,8 @@ class PrefillInputs:
 class _TritonLayer:
     def __init__(self, layer: Layer, model: Model) -> None:
         self.attention = TritonAttention(layer.attention, model.tables)
-        self.mlp_norm, self.mlp_norm_eps = layer.mlp_norm, layer.mlp_norm_eps
+        self.mlp_norm = layer.mlp_norm
+        self.mlp_norm_eps = layer.mlp_norm_eps
         self.mlp = triton_mlp(layer.mlp)
 
 
@@ -50,16 +52,19 @@ class TritonModel:
 
     def __init__(self, model: Model) -> None:
         _check_sizes(model)
-        self._embedding, self._embedding_scale = model.embedding, float(model.embedding_scale)
+        self._embedding = model.embedding
+        self._embedding_scale = float(model.embedding_scale)
         self._layers = [_TritonLayer(layer, model) for layer in model.layers]
-        self._norm, self._norm_eps = model.norm, model.config.rms_norm_eps
-        self._head, self._logit_divisor = model.head.t(), model.config.logit_divisor
+        self._norm = model.norm
+        self._norm_eps = model.config.rms_norm_eps
+        self._head = model.head.t()
+        self._logit_divisor = model.config.logit_divisor
         self._residual_scale = model.config.residual_scale
         self._num_heads = model.config.num_heads
         self._vocab_size = model.config.vocab_size
 
     def decode(self, inputs: DecodeInputs, caches: Sequence[Tensor]) -> Tensor:
-        """Logits [B, vocab] in fp32; `caches[l]` is layer l's, as `kernels.mla_decode` takes it."""
+        """Logits [B, vocab] in fp32; `caches[l]` is layer l's, as `kernels.attention_decode` takes it."""
         rows = inputs.rows
         schedule_decode(rows.positions_N, inputs.scratch, self._num_heads)
         x, normed = self._enter(inputs.token_ids_B)
@@ -85,19 +90,20 @@ class TritonModel:
             x, normed = self._add(x, attended, layer.mlp_norm, layer.mlp_norm_eps)
             block = layer.mlp.forward(normed, rows, "prefill")
             if index == len(self._layers) - 1:
-                x, block = x.index_select(0, inputs.logit_rows), block.index_select(0, inputs.logit_rows)
+                x = x.index_select(0, inputs.logit_rows)
+                block = block.index_select(0, inputs.logit_rows)
             x, normed = self._add(x, block, *self._norm_after(index))
         return self._logits(normed)
 
     def _enter(self, token_ids_N: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and what the first layer reads."""
-        x = elementwise.embed(self._embedding, token_ids_N, self._embedding_scale)
+        x = embed(self._embedding, token_ids_N, self._embedding_scale)
         first = self._layers[0].attention
-        return x, elementwise.rms_norm(x, first.norm, first.norm_eps)
+        return x, rms_norm(x, first.norm, first.norm_eps)
 
     def _add(self, x_ND: Tensor, block_ND: Tensor, norm_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """The stream with what a block adds to it, and its norm, which the next block reads."""
-        return elementwise.add_rms_norm(x_ND, block_ND, norm_D, eps, self._residual_scale)
+        return add_rms_norm(x_ND, block_ND, norm_D, eps, self._residual_scale)
 
     def _norm_after(self, index: int) -> tuple[Tensor, float]:
         if index == len(self._layers) - 1:
@@ -111,7 +117,7 @@ class TritonModel:
             return normed_ND.new_empty(0, self._vocab_size, dtype=torch.float32)
         if self._logit_divisor != 1.0:
             normed_ND = normed_ND / self._logit_divisor
-        return gemm.linear(normed_ND, self._head, role="decode", out_dtype=torch.float32)
+        return linear(normed_ND, self._head, role="decode", out_dtype=torch.float32)
 
 
 def _check_sizes(model: Model) -> None:

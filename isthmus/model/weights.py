@@ -11,8 +11,9 @@ from torch import Tensor
 
 from isthmus.checkpoint.directory import Checkpoint, TensorEntry
 from isthmus.errors import CannotStart
-from isthmus.model.linear import Experts, Fp8Experts, Fp8Linear, Linear
-from kernels import ref
+from isthmus.model.linear import ExpertStack, Fp8ExpertStack, Fp8Linear, Linear
+from kernels.experts.definition import Matrices
+from kernels.products.definition import FP8_BLOCK, dequantise
 
 _STRETCH_ELEMENTS = 1 << 22  # converted at once: bounds what a load needs beside the weights themselves
 
@@ -76,18 +77,18 @@ class Weights:
         stacked = self._fp8_stack([parts])
         return Fp8Linear(stacked.weight[0], stacked.scales[0], self.dtype, bias)
 
-    def stack(self, matrices: Sequence[Sequence[Part]]) -> ref.Matrices:
+    def stack(self, matrices: Sequence[Sequence[Part]]) -> Matrices:
         """The matrices in one block of memory."""
         if self._stay_fp8(matrices[0]):
             return self._fp8_stack(matrices)
         out = torch.empty(len(matrices), *self._shape(matrices[0]), dtype=self.dtype, device=self.device)
         for parts, matrix in zip(matrices, out, strict=True):
             self._join(parts, matrix, None)
-        return Experts(out)
+        return ExpertStack(out)
 
-    def fused_stack(self, name: str) -> Experts:
-        """The same of a tensor [matrices, out, in]."""
-        return Experts(self.tensor(name))
+    def fused_stack(self, name: str) -> ExpertStack:
+        """The matrices of a stored tensor [matrices, out, in], in one block of memory."""
+        return ExpertStack(self.tensor(name))
 
     def _stay_fp8(self, parts: Sequence[Part]) -> bool:
         return self.keeps_fp8 and all(f"{part.name}.weight_scale_inv" in self.entries for part in parts)
@@ -96,13 +97,13 @@ class Weights:
         shapes = [self.entries[f"{part.name}.weight"].shape for part in parts]
         return sum(shape[0] for shape in shapes), shapes[0][1]
 
-    def _fp8_stack(self, matrices: Sequence[Sequence[Part]]) -> Fp8Experts:
+    def _fp8_stack(self, matrices: Sequence[Sequence[Part]]) -> Fp8ExpertStack:
         rows, columns = self._shape(matrices[0])
         weight = torch.empty(len(matrices), rows, columns, dtype=torch.float8_e4m3fn, device=self.device)
-        scales = torch.empty(len(matrices), rows, -(-columns // ref.FP8_BLOCK), device=self.device)
+        scales = torch.empty(len(matrices), rows, -(-columns // FP8_BLOCK), device=self.device)
         for index, parts in enumerate(matrices):
             self._join(parts, weight[index], scales[index])
-        return Fp8Experts(weight, scales, self.dtype)
+        return Fp8ExpertStack(weight, scales, self.dtype)
 
     def _join(self, parts: Sequence[Part], out: Tensor, scales: Tensor | None) -> None:
         first = 0
@@ -122,7 +123,7 @@ class Weights:
                 _copy(of_rows[rows], scales, rows, part.places)
                 _copy(values.view(torch.uint8), out.view(torch.uint8), rows, part.places)
             elif of_rows is not None:
-                _copy(ref.dequantise(values, of_rows[rows], out.dtype), out, rows, part.places)
+                _copy(dequantise(values, of_rows[rows], out.dtype), out, rows, part.places)
             else:
                 _copy(values, out, rows, part.places)
         self._count(f"{part.name}.weight", f"{part.name}.weight_scale_inv", f"{part.name}.bias")
@@ -132,7 +133,7 @@ class Weights:
         if f"{name}.weight_scale_inv" not in self.entries:
             return None
         scales = self._stored(f"{name}.weight_scale_inv").float()
-        return scales.repeat_interleave(ref.FP8_BLOCK, dim=0)[: self.entries[f"{name}.weight"].shape[0]]
+        return scales.repeat_interleave(FP8_BLOCK, dim=0)[: self.entries[f"{name}.weight"].shape[0]]
 
     def _bias(self, parts: Sequence[Part]) -> Tensor | None:
         """Zeros where a part has none; None where no part has one."""

@@ -74,7 +74,7 @@ def device_memory(engine: Engine) -> DeviceMemory | None:
         return None
     if engine.runner.kernels == "torch":
         return DeviceMemory(engine.cache)
-    from kernels.blocks import gather_rows, scatter_rows
+    from kernels.latents.transfer import gather_rows, scatter_rows
 
     return DeviceMemory(engine.cache, gather=gather_rows, scatter=scatter_rows)
 

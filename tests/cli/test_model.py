@@ -17,7 +17,7 @@ from isthmus.checkpoint.model_config import parse_config
 from isthmus.checkpoint.tensor_names import model_shapes
 from isthmus.cli import arguments
 from isthmus.cli.model import run
-from isthmus.cli.model_check import Plan, Report, check_model, shown_bytes
+from isthmus.cli.model_check import Report, ServingPlan, check_model, shown_bytes
 from isthmus.kv.planes import kv_layout
 from isthmus.model import load_model
 from tests.model.hub_server import HubModel, serving
@@ -30,7 +30,7 @@ GIB = 1 << 30
 
 def check(model: object, *flags: str) -> Report:
     parsed = arguments.parse(["model", "check", str(model), *flags])
-    plan = Plan(parsed.dtype, parsed.device, parsed.block_size, parsed.memory, cache_dtype=parsed.cache_dtype)
+    plan = ServingPlan(parsed.dtype, parsed.device, parsed.block_size, parsed.memory, cache_dtype=parsed.cache_dtype)
     return check_model(parsed.model, plan)
 
 

@@ -13,7 +13,7 @@ from isthmus.engine.latent_cache import LatentCache
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.kv.planes import LATENT
 from isthmus.types import Place
-from kernels import blocks
+from kernels.latents.transfer import gather_rows, scatter_rows
 from kv_transfer.pool_memory import PoolMemory, RowMemory
 from tests.conftest import has_cuda
 
@@ -25,7 +25,7 @@ LAYOUT = KvLayout(
 NUM_BLOCKS = 12
 COPIES = {
     "torch": (device_memory.gather_rows, device_memory.scatter_rows),
-    "kernels": (blocks.gather_rows, blocks.scatter_rows),
+    "kernels": (gather_rows, scatter_rows),
 }
 POISON = 0xFF
 

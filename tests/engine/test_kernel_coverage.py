@@ -17,7 +17,7 @@ from isthmus.engine.latent_cache import LatentCache
 from isthmus.engine.triton_decoder import TritonDecoder
 from isthmus.engine.triton_runner import TritonRunner
 from isthmus.kv.planes import kv_layout
-from isthmus.model.linear import Fp8Experts, Fp8Linear
+from isthmus.model.linear import Fp8ExpertStack, Fp8Linear
 from isthmus.model.load import assemble
 from kernels.lang import INTERPRETED
 from tools.checkpoints.published import PUBLISHED
@@ -44,10 +44,10 @@ class UnsetFp8Weights(UnsetWeights):
         experts = self.stack([parts])
         return Fp8Linear(experts.weight[0], experts.scales[0], self.dtype)
 
-    def stack(self, matrices) -> Fp8Experts:
+    def stack(self, matrices) -> Fp8ExpertStack:
         shape = self._matrices(matrices).shape
         scales = torch.empty(*shape[:2], -(-shape[2] // 128))
-        return Fp8Experts(torch.empty(shape, dtype=torch.float8_e4m3fn), scales, self.dtype)
+        return Fp8ExpertStack(torch.empty(shape, dtype=torch.float8_e4m3fn), scales, self.dtype)
 
 
 def two_layers(name: str) -> ModelConfig:

@@ -10,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from isthmus.engine.sampler import sample
 from isthmus.steps import DecodeRow, PrefillChunk, SamplingInput
 from isthmus.types import Request, SamplingParams
-from kernels import ref
+from kernels.elementwise.definition import rms_norm, swiglu
+from kernels.experts import definition
+from kernels.experts.definition import ChosenExperts, RouterRule, expert_mlps
+from kernels.latents.definition import rotate
+from kernels.products.definition import grouped_affine, grouped_head_matmul, grouped_matmul
 from tests.engine.engines import bundled_engine, prompt
 from tests.engine.oplist import ALLOWED
 
@@ -48,8 +52,8 @@ def test_token_path_uses_listed_operations_only(dtype: str):
     assert sorted(recorder.names - set(ALLOWED)) == []
 
 
-def _rule(**changes: Any) -> ref.RouterRule:
-    rule = ref.RouterRule(
+def _rule(**changes: Any) -> RouterRule:
+    rule = RouterRule(
         softmax=False, group_best=2, num_chosen=3, num_groups=4, num_groups_chosen=2, normalise=True, scale=2.5
     )
     return rule._replace(**changes)
@@ -57,7 +61,7 @@ def _rule(**changes: Any) -> ref.RouterRule:
 
 def test_softmax_routers_use_listed_operations_only():
     with _Recorder() as recorder:
-        ref.route(torch.randn(16, 8), None, _rule(softmax=True))
+        definition.route(torch.randn(16, 8), None, _rule(softmax=True))
     assert sorted(recorder.names - set(ALLOWED)) == ["aten.randn"]
 
 
@@ -67,10 +71,10 @@ def _row_functions(width: int) -> dict[str, Callable[[torch.Tensor], torch.Tenso
     return {
         "exp": lambda x: x.clone().exp_(),
         "sum": lambda x: x.sum(-1, keepdim=True),
-        "rms_norm": lambda x: ref.rms_norm(x, weight, eps=1e-6),
-        "swiglu": lambda x: ref.swiglu(torch.cat((x, x.flip(-1)), dim=-1)),
-        "rotate": lambda x: ref.rotate(x, weight.cos(), weight.sin()),
-        "rotate in bf16": lambda x: ref.rotate(x.bfloat16(), weight.cos().bfloat16(), weight.sin().bfloat16()),
+        "rms_norm": lambda x: rms_norm(x, weight, eps=1e-6),
+        "swiglu": lambda x: swiglu(torch.cat((x, x.flip(-1)), dim=-1)),
+        "rotate": lambda x: rotate(x, weight.cos(), weight.sin()),
+        "rotate in bf16": lambda x: rotate(x.bfloat16(), weight.cos().bfloat16(), weight.sin().bfloat16()),
         "reciprocal": lambda x: x.reciprocal(),
         "softmax weights": lambda x: (x - x.amax(-1, keepdim=True)).exp_(),
     }
@@ -94,8 +98,8 @@ def test_routing_of_a_row_does_not_depend_on_the_batch(softmax: bool, group_best
     logits[5] = 0.0  # ties everywhere
     rule = _rule(softmax=softmax, group_best=group_best)
 
-    def route(x: torch.Tensor) -> ref.Routing:
-        return ref.route(x, None if softmax else bias, rule)
+    def route(x: torch.Tensor) -> ChosenExperts:
+        return definition.route(x, None if softmax else bias, rule)
 
     alone = [route(row) for row in logits.split(1)]
     for count in range(1, 257):
@@ -105,7 +109,7 @@ def test_routing_of_a_row_does_not_depend_on_the_batch(softmax: bool, group_best
 
 
 def test_ties_go_to_the_lower_expert():
-    routing = ref.route(torch.zeros(16, 8), torch.zeros(8), _rule(num_groups=1, num_groups_chosen=1))
+    routing = definition.route(torch.zeros(16, 8), torch.zeros(8), _rule(num_groups=1, num_groups_chosen=1))
     assert routing.expert_ids_NA.tolist() == [[0, 1, 2]] * 16
 
 
@@ -117,15 +121,15 @@ def test_products_of_a_row_do_not_depend_on_rows_or_place(dtype: torch.dtype, in
     x, weight = torch.randn(256, inner).to(dtype), torch.randn(outer, inner).to(dtype).t()  # as loaded
     heads = torch.randn(3, 29, inner).to(dtype)[:, 9:].transpose(1, 2)
     x_heads = torch.randn(256, 3, inner).to(dtype)
-    full = ref.grouped_matmul(x, weight, group=group)
-    full_heads = ref.grouped_head_matmul(x_heads, heads, group=group)
+    full = grouped_matmul(x, weight, group=group)
+    full_heads = grouped_head_matmul(x_heads, heads, group=group)
     bias = torch.randn(outer).to(dtype)
-    full_affine = ref.grouped_affine(x, weight, bias, group=group)
+    full_affine = grouped_affine(x, weight, bias, group=group)
     for count in range(group, 257, group):
-        assert torch.equal(ref.grouped_matmul(x[:count], weight, group=group), full[:count])
-        assert torch.equal(ref.grouped_head_matmul(x_heads[:count], heads, group=group), full_heads[:, :count])
-        assert torch.equal(ref.grouped_affine(x[:count], weight, bias, group=group), full_affine[:count])
-    shifted = ref.grouped_matmul(x.roll(5, 0), weight, group=group)
+        assert torch.equal(grouped_matmul(x[:count], weight, group=group), full[:count])
+        assert torch.equal(grouped_head_matmul(x_heads[:count], heads, group=group), full_heads[:, :count])
+        assert torch.equal(grouped_affine(x[:count], weight, bias, group=group), full_affine[:count])
+    shifted = grouped_matmul(x.roll(5, 0), weight, group=group)
     assert torch.equal(shifted.roll(-5, 0), full)
 
 
@@ -150,11 +154,11 @@ def test_experts_of_a_row_do_not_depend_on_the_batch(dtype: torch.dtype):
     x = torch.randn(256, 40).to(dtype)
     gate_up = [torch.randn(36, 40).to(dtype).t() for _ in range(6)]
     down = [torch.randn(40, 18).to(dtype).t() for _ in range(6)]
-    routing = ref.route(torch.randn(256, 6), None, _rule(num_chosen=2, num_groups=1, num_groups_chosen=1))
+    routing = definition.route(torch.randn(256, 6), None, _rule(num_chosen=2, num_groups=1, num_groups_chosen=1))
 
     def experts(count: int, padded: int) -> torch.Tensor:
-        part = ref.Routing(routing.weights_NA[:count], routing.expert_ids_NA[:count])
-        return ref.expert_mlps(x[:padded], part, gate_up, down)
+        part = ChosenExperts(routing.weights_NA[:count], routing.expert_ids_NA[:count])
+        return expert_mlps(x[:padded], part, gate_up, down)
 
     full = experts(256, 256)
     for count in range(1, 257, 3):

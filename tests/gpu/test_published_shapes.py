@@ -74,7 +74,7 @@ def test_decode_rows_are_the_same_in_every_batch(model: Model, dtype: str):
 
 
 def quantised(rows: torch.Tensor) -> torch.Tensor:
-    from kernels.ref_latents import quantise_latents
+    from kernels.latents.definition import quantise_latents
 
     return quantise_latents(rows.flatten(0, 1), 512).unflatten(0, rows.shape[:2])
 

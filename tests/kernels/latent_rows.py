@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.ref_latents import dequantise_latents, quantise_latents
+from kernels.latents.definition import dequantise_latents, quantise_latents
 
 BOGUS_BLOCK = 1 << 30
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.blocks import gather_rows, scatter_rows
+from kernels.latents.transfer import gather_rows, scatter_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gemm import Role, head_matmul, linear, router_logits, width
+from kernels.products.bf16 import Role, head_matmul, linear, router_logits, width
 from kernels.table import Config, UnsupportedKernel
 
 BF16 = torch.bfloat16

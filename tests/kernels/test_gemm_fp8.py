@@ -1,12 +1,12 @@
-"""Block-FP8 products against `ref_fp8`, and the quantisation of rows, which has its very bits."""
+"""Block-FP8 products against their definition, and the quantisation of rows, which has its very bits."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import ref_fp8
-from kernels.gemm import Role
-from kernels.gemm_fp8 import fp8_linear, quantise_rows
+from kernels.products import definition
+from kernels.products.bf16 import Role
+from kernels.products.fp8 import fp8_linear, quantise_rows
 from kernels.table import Config, UnsupportedKernel
 
 E4M3 = torch.float8_e4m3fn
@@ -31,7 +31,7 @@ def inside(x: Tensor) -> Tensor:
 
 def matrix(M: int, K: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     """e4m3 with scales of very different size from row to row and block to block."""
-    weight, scales = ref_fp8.quantise_rows(normal(M, K, seed=seed))
+    weight, scales = definition.quantise_rows(normal(M, K, seed=seed))
     return weight, scales * normal(*scales.shape, seed=seed + 1).float().exp()
 
 
@@ -43,7 +43,7 @@ def test_rows_are_quantised_as_defined_bit_for_bit(K: int) -> None:
     x[4] *= 1e30
     x[5, 0] = 448 * 64
     quantised, scales = quantise_rows(inside(x))
-    expected, expected_scales = ref_fp8.quantise_rows(x)
+    expected, expected_scales = definition.quantise_rows(x)
     assert torch.equal(scales, expected_scales)
     assert torch.equal(quantised.view(torch.uint8), expected.view(torch.uint8))
 
@@ -73,7 +73,7 @@ def test_products(role: Role, N: int, K: int, M: int) -> None:
     x, x_scales = quantise_rows(normal(N, K))
     weight, weight_scales = matrix(M, K)
     out = fp8_linear(inside(x), x_scales, inside(weight), weight_scales, role=role)
-    torch.testing.assert_close(out.float(), ref_fp8.fp8_linear(x, x_scales, weight, weight_scales), **TO_BF16)
+    torch.testing.assert_close(out.float(), definition.fp8_linear(x, x_scales, weight, weight_scales), **TO_BF16)
 
 
 @pytest.mark.parametrize(("role", "config"), [("decode", None), ("prefill", None), ("decode", SMALL)])
@@ -99,7 +99,7 @@ def test_bias_is_added_before_the_only_rounding() -> None:
     bias = normal(48, seed=5) * 64
     operands = (x, x_scales, weight, weight_scales)
     exact = fp8_linear(*operands, bias, role="decode", out_dtype=torch.float32, config=SMALL)
-    torch.testing.assert_close(exact, ref_fp8.fp8_linear(*operands) + bias.float(), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(exact, definition.fp8_linear(*operands) + bias.float(), rtol=1e-3, atol=1e-2)
     assert torch.equal(fp8_linear(*operands, bias, role="decode", config=SMALL), exact.to(torch.bfloat16))
 
 

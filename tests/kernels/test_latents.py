@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import ref
-from kernels.latents import rotate_queries, store_latents, to_e4m3_bits
-from kernels.ref_latents import dequantise_latents, fp8_row_bytes, quantise_latents
+from kernels.elementwise.definition import rms_norm
+from kernels.latents.definition import dequantise_latents, fp8_row_bytes, quantise_latents, rotate
+from kernels.latents.store import rotate_queries, store_latents, to_e4m3_bits
 
 BF16 = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +31,7 @@ def index(values: list[int], dtype: torch.dtype) -> torch.Tensor:
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     at = positions.clamp(min=0).long()
-    return ref.rotate(x.float(), cos[at].float(), signed_sin[at].float()).to(BF16)
+    return rotate(x.float(), cos[at].float(), signed_sin[at].float()).to(BF16)
 
 
 def stored(qkv: torch.Tensor, weight: torch.Tensor, cache: torch.Tensor, first: int, rope: int, rows: slice) -> None:
@@ -47,7 +47,7 @@ def test_bf16_rows_are_the_definition(latent: int, rope: int, first: int) -> Non
     cache = torch.full((2, 16, latent + rope), torch.nan, dtype=BF16, device=DEVICE)
     stored(qkv, weight, cache, first, rope, slice(None))
     rows = cache.flatten(0, 1)
-    expected = ref.rms_norm(qkv[:, first : first + latent], weight, eps=1e-6)
+    expected = rms_norm(qkv[:, first : first + latent], weight, eps=1e-6)
     pe = rotated(qkv[:, first + latent :], *tables(rope, torch.float32), index(POSITIONS, torch.int32))
     for row, slot in enumerate(SLOTS):
         if slot >= 0:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.mla_decode import paged_mla_decode
-from kernels.mla_schedule import DecodeScratch, Plan, Splits, plan_of, schedule_decode
+from kernels.attention_decode.attend import paged_mla_decode
+from kernels.attention_decode.schedule import DecodeScratch, Plan, Splits, plan_of, schedule_decode
 from kernels.table import Config, UnsupportedKernel, table
 from tests.kernels.latent_rows import BOGUS_BLOCK, PagedRows, paged, random_latents
 

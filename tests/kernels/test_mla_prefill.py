@@ -9,10 +9,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.mla_prefill import paged_mla_prefill
-from kernels.prefill_plan import PrefillPlan
-from kernels.ref import HeadShape
-from kernels.ref_latents import dequantise_latents, fp8_row_bytes, quantise_latents
+from kernels.attention_prefill.attend import paged_mla_prefill
+from kernels.attention_prefill.definition import HeadShape
+from kernels.attention_prefill.plan import PrefillPlan
+from kernels.latents.definition import dequantise_latents, fp8_row_bytes, quantise_latents
 
 BF16 = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

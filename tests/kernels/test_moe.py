@@ -1,4 +1,4 @@
-"""The experts against `ref.expert_mlps` in fp32 and, bit for bit, against themselves in other company."""
+"""The experts against `definition.expert_mlps` in fp32 and, bit for bit, against themselves in other company."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,9 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from kernels import ref, ref_fp8
-from kernels.moe import Fp8Matrix, Role, experts
-from kernels.moe_groups import group_pairs
+from kernels.experts.definition import ChosenExperts, expert_mlps
+from kernels.experts.grouping import group_pairs
+from kernels.experts.mixture import Fp8Matrix, Role, experts
+from kernels.products.definition import fp8_linear, quantise_rows
 
 BF16 = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,8 +58,8 @@ def case(num_rows: int, num_experts: int, choices: int, hidden: int, width: int)
 
 
 def oracle(c: Case) -> torch.Tensor:
-    routing = ref.Routing(c.weights, c.ids.long())
-    return ref.expert_mlps(c.x.float(), routing, c.gate_up.float().transpose(1, 2), c.down.float().transpose(1, 2))
+    routing = ChosenExperts(c.weights, c.ids.long())
+    return expert_mlps(c.x.float(), routing, c.gate_up.float().transpose(1, 2), c.down.float().transpose(1, 2))
 
 
 def assert_near(out: torch.Tensor, expected: torch.Tensor, tolerance: float = 2**-8) -> None:
@@ -114,13 +115,13 @@ def test_the_shared_expert_is_added_to_the_rounded_sum(role: Role) -> None:
 
 
 def quantised(matrix: torch.Tensor) -> Fp8Matrix:
-    weight, scales = ref_fp8.quantise_rows(matrix.flatten(0, 1))
+    weight, scales = quantise_rows(matrix.flatten(0, 1))
     return Fp8Matrix(weight.unflatten(0, matrix.shape[:2]), scales.unflatten(0, matrix.shape[:2]))
 
 
 def fp8_oracle(c: Case, gate_up: Fp8Matrix, down: Fp8Matrix) -> torch.Tensor:
     def product(x: torch.Tensor, matrix: Fp8Matrix, expert: int) -> torch.Tensor:
-        return ref_fp8.fp8_linear(*ref_fp8.quantise_rows(x), matrix.weight[expert], matrix.scales[expert])
+        return fp8_linear(*quantise_rows(x), matrix.weight[expert], matrix.scales[expert])
 
     def one(row: torch.Tensor, expert: int) -> torch.Tensor:
         gate, up = product(row, gate_up, expert).chunk(2, dim=-1)

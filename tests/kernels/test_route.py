@@ -1,17 +1,18 @@
-"""The router against `ref.route`: the same experts in the same order, whatever other rows a step has."""
+"""The router against `definition.route`: the same experts in the same order, whatever other rows a step has."""
 
 import pytest
 import torch
 
-from kernels import ref
-from kernels.route import route
+from kernels.experts import definition
+from kernels.experts.definition import RouterRule
+from kernels.experts.routing import route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-V2_LITE = ref.RouterRule(True, 1, 6, 1, 1, False, 1.0)
-V2 = ref.RouterRule(True, 1, 6, 8, 3, False, 16.0)
-V3 = ref.RouterRule(False, 2, 8, 8, 4, True, 2.5)
-TINY = ref.RouterRule(False, 2, 2, 4, 2, True, 2.5)
-RULES = [(64, V2_LITE), (160, V2), (256, V3), (16, TINY), (384, ref.RouterRule(False, 2, 8, 1, 1, True, 2.8))]
+V2_LITE = RouterRule(True, 1, 6, 1, 1, False, 1.0)
+V2 = RouterRule(True, 1, 6, 8, 3, False, 16.0)
+V3 = RouterRule(False, 2, 8, 8, 4, True, 2.5)
+TINY = RouterRule(False, 2, 2, 4, 2, True, 2.5)
+RULES = [(64, V2_LITE), (160, V2), (256, V3), (16, TINY), (384, RouterRule(False, 2, 8, 1, 1, True, 2.8))]
 
 
 def logits(rows: int, experts: int) -> torch.Tensor:
@@ -22,9 +23,9 @@ def bias_of(experts: int) -> torch.Tensor:
     return torch.randn(experts, generator=torch.Generator().manual_seed(1)).mul_(0.3).to(DEVICE)
 
 
-def check(logits_NE: torch.Tensor, bias_E: torch.Tensor | None, rule: ref.RouterRule) -> None:
+def check(logits_NE: torch.Tensor, bias_E: torch.Tensor | None, rule: RouterRule) -> None:
     weights, ids = route(logits_NE, bias_E, rule)
-    expected = ref.route(logits_NE, bias_E, rule)
+    expected = definition.route(logits_NE, bias_E, rule)
     assert ids.dtype == torch.int32
     assert torch.equal(ids.long(), expected.expert_ids_NA)
     rtol = 1e-6 if DEVICE.type == "cpu" else 4e-6  # on a device exp2 and divisions are approximate
@@ -33,19 +34,19 @@ def check(logits_NE: torch.Tensor, bias_E: torch.Tensor | None, rule: ref.Router
 
 @pytest.mark.parametrize(("experts", "rule"), RULES)
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_definition(experts: int, rule: ref.RouterRule, biased: bool) -> None:
+def test_the_definition(experts: int, rule: RouterRule, biased: bool) -> None:
     check(logits(6, experts), bias_of(experts) if biased else None, rule)
 
 
 @pytest.mark.parametrize(("experts", "rule"), RULES)
-def test_ties_go_to_the_lower_id(experts: int, rule: ref.RouterRule) -> None:
+def test_ties_go_to_the_lower_id(experts: int, rule: RouterRule) -> None:
     few_values = logits(3, experts).div(6).round()
     few_values[0] = 0.0
     check(few_values, None, rule)
 
 
 @pytest.mark.parametrize(("experts", "rule"), RULES)
-def test_a_row_in_other_company_has_the_same_bits(experts: int, rule: ref.RouterRule) -> None:
+def test_a_row_in_other_company_has_the_same_bits(experts: int, rule: RouterRule) -> None:
     bias, wide = bias_of(experts), torch.full((5, experts + 4), torch.nan, device=DEVICE)
     rows = wide[:, :experts]
     rows.copy_(logits(5, experts))
@@ -60,7 +61,7 @@ def test_a_row_in_other_company_has_the_same_bits(experts: int, rule: ref.Router
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 @pytest.mark.parametrize(("experts", "rule"), RULES)
-def test_a_row_that_is_not_finite_still_names_experts(experts: int, rule: ref.RouterRule) -> None:
+def test_a_row_that_is_not_finite_still_names_experts(experts: int, rule: RouterRule) -> None:
     rows = logits(5, experts)
     rows[0] = torch.nan
     rows[1, experts // 2] = torch.nan

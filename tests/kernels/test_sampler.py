@@ -12,9 +12,9 @@ from torch import Tensor
 
 from isthmus.engine.philox import uniform_bits as host_uniform_bits
 from isthmus.engine.sampler import _share
-from kernels.sampler import SamplerInputs, sample_logits, uniform_bits
-from kernels.sampler_rows import ENTRY_FIELDS, ROW_FIELDS
-from kernels.sampler_select import drawn, key, share, value
+from kernels.sampler.parameters import ENTRY_FIELDS, ROW_FIELDS
+from kernels.sampler.sample import SamplerInputs, sample_logits, uniform_bits
+from kernels.sampler.select import drawn, key, share, value
 from kernels.table import Config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,7 +162,7 @@ def test_a_list_that_is_too_long_is_not_needed(monkeypatch: pytest.MonkeyPatch) 
     logits = torch.randn(2, 150, generator=generator).to(DEVICE)
     rows = [{"temperature": 0.9, "seed": 5, "top_k": 100}, {"temperature": 3.0, "top_p": 3, "top_p_shift": 2}]
     listed = sampled(logits, inputs_of(rows))
-    for module in ("kernels.sampler_select", "kernels.sampler_finish"):
+    for module in ("kernels.sampler.select", "kernels.sampler.finish"):
         monkeypatch.setattr(f"{module}.LIST_LENGTH", tl.constexpr(1))
     assert sampled(logits, inputs_of(rows)) == listed
 

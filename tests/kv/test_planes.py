@@ -9,18 +9,19 @@ from isthmus.errors import CannotStart
 from isthmus.kv.layout import PlaneKind
 from isthmus.kv.planes import LATENT, fp8_row_bytes, kv_layout, latent_plane
 from isthmus.steps import TILE
-from kernels import ref, ref_latents
+from kernels import shapes
+from kernels.latents import definition
 
 
 def test_the_tile_of_the_step_loops_is_that_of_the_kernels() -> None:
-    assert TILE == ref.TILE
+    assert TILE == shapes.TILE
 
 
 def test_an_fp8_row_has_the_bytes_that_the_kernels_store() -> None:
     num_refused = 0
     for rank in [*range(1, 1100), 2048]:
         try:
-            stored = ref_latents.fp8_row_bytes(rank, 64)
+            stored = definition.fp8_row_bytes(rank, 64)
         except ValueError as error:
             num_refused += 1
             with pytest.raises(CannotStart, match=str(error)) as refused:

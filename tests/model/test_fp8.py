@@ -14,7 +14,7 @@ from isthmus.engine.runner import TorchRunner
 from isthmus.errors import CannotStart
 from isthmus.kv.planes import kv_layout
 from isthmus.model import load_model
-from isthmus.model.linear import Fp8Experts, Fp8Linear
+from isthmus.model.linear import Fp8ExpertStack, Fp8Linear
 from isthmus.steps import DecodeRow, PrefillChunk
 from tests.model.small_models import edit_config, write_model
 
@@ -92,7 +92,7 @@ def logits(path: Path, dtype: torch.dtype, *, keeps_fp8: bool) -> torch.Tensor:
     model = load_model(checkpoint, dtype, CPU, keeps_fp8=keeps_fp8)
     if keeps_fp8:
         assert isinstance(model.layers[0].attention.o, Fp8Linear)
-        assert isinstance(model.layers[1].mlp.gate_up, Fp8Experts)
+        assert isinstance(model.layers[1].mlp.gate_up, Fp8ExpertStack)
     layout = kv_layout(checkpoint.config, "", dtype="fp32" if dtype == torch.float32 else "bf16", block_size=16)
     runner = TorchRunner(model, LatentCache(layout, 8, CPU))
     prompt = [(37 * i + 5) % 199 for i in range(70)]
