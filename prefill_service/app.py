@@ -93,7 +93,7 @@ class PrefillRole:
         return Sender(self._context.identity.incarnation, memory, self._context.ledger, options=options)
 
     def _measure_tile_budget(self, engine: Engine) -> int:
-        tile_budget = measure_tile_budget(engine)
+        tile_budget = measure_tile_budget(engine, self._context.clock.now)
         log.info("tile_budget.chosen", tile_budget=tile_budget)
         self._context.ledger.record("tile_budget.chosen", tile_budget=tile_budget)
         return tile_budget
