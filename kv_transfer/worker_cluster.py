@@ -9,6 +9,7 @@ from typing import Protocol
 from isthmus.config import WorkerConfig
 from isthmus.kv.layout import KvLayout
 from isthmus.process.worker_context import WorkerContext
+from isthmus.types import Place
 from isthmus.v1 import admin_pb2
 from kv_transfer.ownership.membership_task import Membership
 from kv_transfer.ownership.store import OpenStore, OwnershipStore, connected
@@ -43,7 +44,7 @@ class WorkerCluster:
     def connected(self) -> AbstractAsyncContextManager[OwnershipStore]:
         return connected(self.open_store, self.config, self.context.clock)
 
-    def host_memory(self, layout: KvLayout, rows: Mapping[tuple[str, int], memoryview]) -> RowMemory:
+    def host_memory(self, layout: KvLayout, rows: Mapping[Place, memoryview]) -> RowMemory:
         return PoolMemory(layout, rows)
 
     def self_test(self, layout: KvLayout) -> None:

@@ -2,18 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-import xxhash
-
 from isthmus.kv.block_pool import BlockPool
-from isthmus.kv.layout import KvLayout, Plane, PlaneKind
-from isthmus.kv.planes import LATENT
+from isthmus.kv.layout import KvLayout
 from isthmus.kv.prefix import prefix_hashes, prefix_scope
 from isthmus.steps import OnStored, PrefillChunk, SamplingInput, StepResult
-from isthmus.testing.hash_model import VOCAB_SIZE, next_token
-from isthmus.types import Token
-
-FAKE_LAYOUT = KvLayout("ab" * 16, (Plane(LATENT, PlaneKind.APPEND_ONLY, 4, 2, "fp32"),), 16)
-_NOTHING_BEFORE = 0  # the row before a prompt's first
+from isthmus.testing.hash_model import FAKE_LAYOUT, NO_ROW, VOCAB_SIZE, next_token, row_after
+from isthmus.types import Place, Token
 
 
 class FakePrefillEngine:
@@ -65,16 +59,16 @@ class FakePrefillEngine:
     def _store(self, chunk: PrefillChunk) -> int:
         """Returns the last row."""
         slots = [self._slot(chunk.block_table, position) for position in range(chunk.start, chunk.end)]
-        row = _NOTHING_BEFORE if chunk.start == 0 else self.rows[self._slot(chunk.block_table, chunk.start - 1)]
+        row = NO_ROW if chunk.start == 0 else self.rows[self._slot(chunk.block_table, chunk.start - 1)]
         for slot, token_id in zip(slots, chunk.token_ids, strict=True):
-            row = _row(row, token_id)
+            row = row_after(row, token_id)
             self.rows[slot] = row
         return row
 
     def _sample(self, last_row: int, wanted: SamplingInput) -> StepResult:
-        expected = _NOTHING_BEFORE
+        expected = NO_ROW
         for token_id in wanted.request.prompt_token_ids:
-            expected = _row(expected, token_id)
+            expected = row_after(expected, token_id)
         assert last_row == expected, f"{wanted.request.request_id}: cached rows are not of this prompt"
         return Token(next_token(wanted.request, wanted.token_ids))
 
@@ -82,7 +76,7 @@ class FakePrefillEngine:
         block, offset = divmod(position, self.layout.block_size)
         return block_table[block] * self.layout.block_size + offset
 
-    def _places_in_order(self) -> list[tuple[str, int]]:
+    def _places_in_order(self) -> list[Place]:
         """As a model stores them: layer by layer."""
         num_layers = max(plane.num_layers for plane in self.layout.planes)
         return [
@@ -95,7 +89,3 @@ class FakePrefillEngine:
     def _hashes(self, token_ids: Sequence[int], tenant: str) -> list[bytes]:
         scope = self._scope_of.setdefault(tenant, prefix_scope(self.layout.fingerprint, tenant=tenant))
         return prefix_hashes(token_ids, self.layout.block_size, scope)
-
-
-def _row(before: int, token_id: int) -> int:
-    return xxhash.xxh3_64_intdigest(before.to_bytes(8) + token_id.to_bytes(4))

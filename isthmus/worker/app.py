@@ -21,6 +21,7 @@ from isthmus.process.admin import ReadStoredHandoffs, ServiceHooks
 from isthmus.process.serving import Face, Stop, serve_until_signal
 from isthmus.process.worker_context import WorkerContext
 from isthmus.steps import StepLimits
+from isthmus.types import Place
 from isthmus.v1 import admin_pb2
 from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
 from isthmus.worker.instruments import Instruments
@@ -50,7 +51,7 @@ class Cluster(Protocol[Store, MemoryMade]):
         """The store, which has answered once. Raises CannotStart when it does not for a while."""
         ...
 
-    def host_memory(self, layout: KvLayout, rows: Mapping[tuple[str, int], memoryview]) -> MemoryMade:
+    def host_memory(self, layout: KvLayout, rows: Mapping[Place, memoryview]) -> MemoryMade:
         """A cache whose bytes are this process's, by (plane, layer), as transfers take it."""
         ...
 
