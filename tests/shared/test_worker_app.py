@@ -72,6 +72,7 @@ class RecordingRole:
 
     service = "isthmus.v1.DecodeService"
     limits = StepLimits()
+    stored_handoffs = None
 
     def __init__(self, log: list[str]):
         self.num_lost = 0
