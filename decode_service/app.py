@@ -15,8 +15,10 @@ from decode_service.server import DecodeServer
 from decode_service.stream import Emission
 from decode_service.streams import MAX_STREAMS, Streams
 from decode_service.worker import StepLoop
+from isthmus.clock import SystemClock
 from isthmus.config import DecodeConfig
 from isthmus.engine.engine import Engine
+from isthmus.ids import SystemIds
 from isthmus.ledger import LedgerEvent
 from isthmus.process.admin import ServiceHooks
 from isthmus.process.serving import Face, Stop, serve_until_signal
@@ -45,7 +47,7 @@ class DecodeWorker:
     def __init__(self, config: DecodeConfig, open_store: OpenStore):
         self._config = config
         self._open_store = open_store
-        self._context = WorkerContext.create(config)
+        self._context = WorkerContext.create(config, SystemClock(), SystemIds())
         self._identity = self._context.identity
         self._server = DecodeServer(self._identity)
         self._engine: Engine | None = None
@@ -59,7 +61,7 @@ class DecodeWorker:
             self._status, self._server.drain, self._context.ledger, self._context.metrics, self._stored_handoffs
         )
         register = partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, self._server)
-        face = Face(self._config, self._identity, self._context.health, hooks, SERVICE, register)
+        face = Face(self._config, self._identity, self._context.health, hooks, self._context.clock, SERVICE, register)
         await serve_until_signal(face, self._work)
 
     @contextlib.asynccontextmanager

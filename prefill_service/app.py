@@ -1,86 +1,99 @@
-"""A prefill worker put together: engine, sender, prefill loop, lease, and what it shows of itself."""
+"""A prefill worker put together: what it opens beside the engine, and what it tells of itself."""
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator
-from functools import partial
 
+import grpc.aio
+
+from isthmus.clock import LoopClock
 from isthmus.config import PrefillConfig
 from isthmus.engine.engine import Engine
+from isthmus.ids import Ids
 from isthmus.log import get_logger
-from isthmus.process.admin import ServiceHooks
-from isthmus.process.serving import Face, Stop, serve_until_signal
 from isthmus.process.worker_context import WorkerContext
+from isthmus.steps import StepLimits
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
-from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
+from isthmus.worker.app import WorkerApp, WorkerParts, running
 from kv_transfer.courier import SenderOptions
-from kv_transfer.ownership.membership_task import Membership
-from kv_transfer.ownership.store import OpenStore, connected
-from kv_transfer.pool_memory import PoolMemory
-from kv_transfer.selftest import round_trip
+from kv_transfer.ownership.store import OpenStore, OwnershipStore
+from kv_transfer.pool_memory import RowMemory
 from kv_transfer.sender import Sender
+from kv_transfer.worker_cluster import WorkerCluster
+from prefill_service.ports import LoopPorts
+from prefill_service.prefill_loop import PrefillLoop
 from prefill_service.server import PrefillServer
+from prefill_service.submissions import Submissions
 from prefill_service.tile_budget import measure_tile_budget, step_limits
-from prefill_service.worker import PrefillLoop
 
-SERVICE = "isthmus.v1.PrefillService"
 log = get_logger("prefill.app")
 
 
-class PrefillWorker:
-    """The process's composition root; runs once."""
+def prefill_worker(
+    config: PrefillConfig, open_store: OpenStore, *, clock: LoopClock, ids: Ids
+) -> WorkerApp[OwnershipStore, RowMemory]:
+    context = WorkerContext.create(config, clock, ids)
+    return WorkerApp(config, context, PrefillRole(config, context), WorkerCluster(config, context, open_store))
 
-    def __init__(self, config: PrefillConfig, open_store: OpenStore):
+
+class PrefillRole:
+    """`isthmus.worker.app.Role`: prompts in, blocks out. The event loop's thread alone writes it."""
+
+    service = "isthmus.v1.PrefillService"
+
+    def __init__(self, config: PrefillConfig, context: WorkerContext):
         self._config = config
-        self._open_store = open_store
-        self._context = WorkerContext.create(config)
-        self._identity = self._context.identity
-        self._server = PrefillServer(self._context.clock)
-        self._engine: Engine | None = None
+        self._context = context
+        self._server = PrefillServer(context.clock)
+        self._submissions: Submissions | None = None
         self._sender: Sender | None = None
-        self._prefill_loop: PrefillLoop | None = None
 
-    async def run(self) -> None:
-        """Returns after a drain; raises CannotStart when a setting is in the way."""
-        hooks = ServiceHooks(self._status, self._server.drain, self._context.ledger, self._context.metrics)
-        register = partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, self._server)
-        face = Face(self._config, self._identity, self._context.health, hooks, SERVICE, register)
-        await serve_until_signal(face, self._work)
+    @property
+    def limits(self) -> StepLimits:
+        return step_limits(self._config.device, self._config.tile_budget)
+
+    @property
+    def stored_handoffs(self) -> None:
+        """It looks at no handoffs in the store."""
+        return None
+
+    def register(self, server: grpc.aio.Server) -> None:
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self._server, server)
 
     @contextlib.asynccontextmanager
-    async def _work(self, stop: Stop) -> AsyncIterator[None]:
-        """Opens everything in the order of need; the stack closes it in reverse."""
+    async def opened(self, parts: WorkerParts[OwnershipStore, RowMemory]) -> AsyncIterator[None]:
+        """Sender, prefill loop, then prompts are taken; the stack closes in reverse."""
         async with contextlib.AsyncExitStack() as stack:
-            store = await stack.enter_async_context(connected(self._open_store, self._config, self._context.clock))
-            limits = step_limits(self._config.device, self._config.tile_budget)
-            tell = self._context.health.starting
-            engine = self._engine = await asyncio.to_thread(open_engine, self._config, tell, limits)
-            on_device = await asyncio.to_thread(device_memory, engine)
-            memory = on_device or PoolMemory(engine.layout, transfer_memory(engine))
-            options = SenderOptions(failpoints=self._context.failpoints)
-            sender = self._sender = Sender(self._identity.incarnation, memory, self._context.ledger, options=options)
+            sender = self._open_sender(parts.memory)
             stack.callback(sender.close)
-            tile_budget = self._config.tile_budget or await asyncio.to_thread(self._measure_tile_budget, engine)
-            prefill_loop = self._prefill_loop = PrefillLoop(engine, sender, self._context, tile_budget, stop.request)
-            prefill_loop.start()
-            stack.push_async_callback(asyncio.to_thread, prefill_loop.stop)
-            await asyncio.to_thread(round_trip, engine.layout)
-            self._server.open(prefill_loop, engine)
-            member = Membership(self._config, self._context, self._status, self._open_store, os.getpid())
-            await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))
+            tile_budget = self._config.tile_budget or await asyncio.to_thread(self._measure_tile_budget, parts.engine)
+            ports = LoopPorts(parts.engine, sender, self._context.clock.now, parts.instruments)
+            prefill_loop = PrefillLoop(ports, tile_budget)
+            submissions = Submissions(parts.engine, prefill_loop, parts.thread.add(prefill_loop))
+            await stack.enter_async_context(running(parts.thread))
+            self._sender = sender
+            self._submissions = submissions
+            self._server.open(submissions)
             yield
 
+    async def drain(self, timeout_s: float) -> int:
+        return await self._server.drain(timeout_s)
+
+    def add_status(self, status: admin_pb2.GetStatusResponse) -> None:
+        if self._submissions is not None and self._sender is not None:
+            status.num_streams = self._server.num_calls
+            status.num_queued = self._submissions.num_queued
+            status.counters.update(self._sender.counters.read())
+
+    def store_lost(self) -> None:
+        """A prefill worker has nothing in the store but its lease, which renews itself."""
+
+    def _open_sender(self, memory: RowMemory) -> Sender:
+        options = SenderOptions(failpoints=self._context.failpoints)
+        return Sender(self._context.identity.incarnation, memory, self._context.ledger, options=options)
+
     def _measure_tile_budget(self, engine: Engine) -> int:
-        tile_budget = measure_tile_budget(engine)
+        tile_budget = measure_tile_budget(engine, self._context.clock.now)
         log.info("tile_budget.chosen", tile_budget=tile_budget)
         self._context.ledger.record("tile_budget.chosen", tile_budget=tile_budget)
         return tile_budget
-
-    def _status(self) -> admin_pb2.GetStatusResponse:
-        status = engine_status(self._config.model, self._engine)
-        if self._prefill_loop is not None and self._sender is not None:
-            status.num_streams = self._server.num_calls
-            status.num_queued = self._prefill_loop.num_queued
-            status.counters.update(self._sender.counters.read())
-        return status

@@ -1,27 +1,28 @@
 """Tile scheduling, pure: which positions of which prompts are computed in the next step."""
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 
-from prefill_service.sequence import Chunk, Sequence
+from prefill_service.prompt import Chunk, Prompt
 
 
-def plan(sequences: Ordered[Sequence], tile: int, tile_budget: int) -> list[Chunk]:
+def plan(prompts: Sequence[Prompt], tile: int, tile_budget: int) -> list[Chunk]:
     """At most `tile_budget` tokens, dealt one tile at a time in arrival order, so that a short prompt never waits for
     the whole of a long one. Chunks end on absolute multiples of `tile` or at the prompt's end."""
-    planned = {id(sequence): 0 for sequence in sequences}
+    planned = {id(prompt): 0 for prompt in prompts}
     budget = tile_budget
     progress = True
     while budget > 0 and progress:
         progress = False
-        for sequence in sequences:
-            num_tokens = min(_next_tile(sequence, planned[id(sequence)], tile), budget)
-            planned[id(sequence)] += num_tokens
+        for prompt in prompts:
+            num_tokens = min(_next_tile(prompt, planned[id(prompt)], tile), budget)
+            planned[id(prompt)] += num_tokens
             budget -= num_tokens
             progress = progress or num_tokens > 0
-    chunks = [Chunk(sequence, sequence.num_computed_tokens, planned[id(sequence)]) for sequence in sequences]
+    chunks = [Chunk(prompt, prompt.num_computed_tokens, planned[id(prompt)]) for prompt in prompts]
     return [chunk for chunk in chunks if chunk.num_tokens > 0]
 
 
-def _next_tile(sequence: Sequence, num_planned: int, tile: int) -> int:
-    position = sequence.num_computed_tokens + num_planned
-    return min(tile - position % tile, sequence.num_prompt_tokens - position)
+def _next_tile(prompt: Prompt, num_planned: int, tile: int) -> int:
+    """Tokens up to the next multiple of `tile`, or to the prompt's end."""
+    position = prompt.num_computed_tokens + num_planned
+    return min(tile - position % tile, prompt.num_prompt_tokens - position)

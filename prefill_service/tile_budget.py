@@ -1,7 +1,7 @@
 """How many tokens a step computes: as many as keep a layer short, for cancellation is looked at between layers."""
 
 import statistics
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 
@@ -26,27 +26,27 @@ def step_limits(device: str, tile_budget: int | None) -> StepLimits:
     return StepLimits(_CANARY_ROWS, prefill_tokens)
 
 
-def measure_tile_budget(engine: Engine) -> int:
+def measure_tile_budget(engine: Engine, now: Callable[[], float]) -> int:
     """Tokens of a step: as many tiles as a layer takes MAX_LAYER_MS for, one at least. On a GPU: GPU_TOKENS.
 
-    Before the engine serves: it computes in free blocks of the pool and leaves no content behind.
+    `now` tells seconds. Before the engine serves: it computes in free blocks of the pool and leaves no content behind.
     """
     if engine.device.type == "cuda":  # layers are launched there, not awaited: their times say nothing
         return engine.limits.prefill_tokens
-    num_tiles = MAX_TILES if _layer_ms(engine, TILE) <= MAX_LAYER_MS else 1
-    while num_tiles > 1 and (layer_ms := _layer_ms(engine, num_tiles * TILE)) > MAX_LAYER_MS:
+    num_tiles = MAX_TILES if _layer_ms(engine, TILE, now) <= MAX_LAYER_MS else 1
+    while num_tiles > 1 and (layer_ms := _layer_ms(engine, num_tiles * TILE, now)) > MAX_LAYER_MS:
         num_tiles = max(1, min(num_tiles - 1, int(num_tiles * MAX_LAYER_MS / layer_ms)))
     return num_tiles * TILE
 
 
-def _layer_ms(engine: Engine, num_tokens: int) -> float:
+def _layer_ms(engine: Engine, num_tokens: int, now: Callable[[], float]) -> float:
     end = min(engine.context_length, _MAX_POSITION)
     start = max(0, end - num_tokens)
     token_ids = [7919 * position % engine.vocab_size for position in range(start, end)]
     layer_ends: list[float] = []
 
     def on_stored(_plane: str, layer: int) -> None:
-        layer_ends.append(1000 * time.monotonic())
+        layer_ends.append(1000 * now())
         if layer >= 2 and layer_ends[-1] - layer_ends[0] > _MEASURE_MS:
             raise _TimedEnough
 
@@ -54,7 +54,7 @@ def _layer_ms(engine: Engine, num_tokens: int) -> float:
     try:
         with suppress(_TimedEnough):
             engine.runner.prefill([PrefillChunk(token_ids, start, blocks, needs_logits=False)], on_stored)
-            layer_ends.append(1000 * time.monotonic())
+            layer_ends.append(1000 * now())
     finally:
         engine.pool.release(blocks)
     return statistics.median(after - before for before, after in pairwise(layer_ends))

@@ -14,7 +14,7 @@ from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity, ServiceHooks
-from isthmus.process.health import HealthState
+from isthmus.process.health import HealthState, ProgressWatch
 from isthmus.process.loop_driver import LoopDriver
 from isthmus.process.rpc import PUBLIC_RECEIVE_BYTES, channel
 from isthmus.process.serving import Face, Stop, serve_until_signal
@@ -43,10 +43,10 @@ class Router:
         self._config = config
         self._open_store = open_store
         self.identity = Identity(config.name, "router", SystemIds().incarnation())
-        self._health = HealthState()
+        self._clock = SystemClock()
+        self._health = HealthState(ProgressWatch(self._clock))
         self._ledger = Ledger()
         self._metrics = Metrics()
-        self._clock = SystemClock()
         self._admission = Admission(config.max_streams, config.max_queue)
         self._server = InferenceServer(config)
         self._pool: WorkerPool | None = None
@@ -55,7 +55,14 @@ class Router:
         """Returns after a drain; raises CannotStart when a setting is in the way."""
         hooks = ServiceHooks(self._status, self._server.drain, self._ledger, self._metrics)
         face = Face(
-            self._config, self.identity, self._health, hooks, SERVICE, self._server.register, PUBLIC_RECEIVE_BYTES
+            config=self._config,
+            identity=self.identity,
+            health=self._health,
+            hooks=hooks,
+            clock=self._clock,
+            service=SERVICE,
+            register=self._server.register,
+            max_receive_bytes=PUBLIC_RECEIVE_BYTES,
         )
         await serve_until_signal(face, self._work)
 

@@ -4,13 +4,12 @@ import asyncio
 import dataclasses
 import os
 import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc.aio
 
-from isthmus.clock import SystemClock
+from isthmus.clock import Clock
 from isthmus.ledger import Ledger, LedgerEvent
 from isthmus.metrics import Metrics
 from isthmus.process.health import HealthState
@@ -55,11 +54,11 @@ class ServiceHooks:
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """The service fills what only it knows; identity, health, counters and process figures are filled in here."""
 
-    def __init__(self, identity: Identity, health: HealthState, hooks: ServiceHooks):
+    def __init__(self, identity: Identity, health: HealthState, hooks: ServiceHooks, clock: Clock):
         self.identity = identity
         self._health = health
         self._hooks = hooks
-        self._clock = SystemClock()
+        self._clock = clock
         self._started_at = self._clock.now()
 
     async def GetStatus(  # noqa: N802 - named by the protocol
@@ -83,7 +82,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         return admin_pb2.LedgerResponse(
             incarnation=self.identity.incarnation,
             events=messages,
-            monotonic_ns=time.monotonic_ns(),
+            monotonic_ns=self._clock.now_ns(),
             name=self.identity.name,
             role=self.identity.role,
         )

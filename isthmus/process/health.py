@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass
 from enum import Enum
 
-from isthmus.clock import Clock, SystemClock
+from isthmus.clock import Clock
 
 STALL_S = 3.0  # work pending and no layer of a step finished for this long
 
@@ -30,8 +30,8 @@ class Health:
 class ProgressWatch:
     """Whether the step loop makes progress, seen from outside it: the loop reports, any thread asks."""
 
-    def __init__(self, clock: Clock | None = None, stall_s: float = STALL_S):
-        self._clock = clock or SystemClock()
+    def __init__(self, clock: Clock, stall_s: float = STALL_S):
+        self._clock = clock
         self.stall_s = stall_s
         self._lock = threading.Lock()
         self._progress_at: float | None = None  # None: nothing is pending
@@ -72,8 +72,8 @@ class ProgressWatch:
 class HealthState:
     """Owned by the process's wiring; any thread sets and reads it. Computed at each look: it needs no loop."""
 
-    def __init__(self, watch: ProgressWatch | None = None):
-        self.watch = watch or ProgressWatch()
+    def __init__(self, watch: ProgressWatch):
+        self.watch = watch
         self._lock = threading.Lock()
         self._phase = Health(ServiceState.STARTING, serving=False, reason="starting")
 

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from isthmus import log
+from isthmus.clock import Clock
 from isthmus.config import EXIT_CANNOT_START, ConfigT, ServiceConfig, load
 from isthmus.errors import CannotStart
 from isthmus.process.admin import ADMIN_SERVICE, AdminServicer, Identity, ServiceHooks
@@ -40,6 +41,7 @@ class Face:
     identity: Identity
     health: HealthState
     hooks: ServiceHooks
+    clock: Clock
     service: str  # full name of its gRPC service, added by
     register: Callable[[grpc.aio.Server], None]
     max_receive_bytes: int = INTERNAL_RECEIVE_BYTES
@@ -119,7 +121,7 @@ async def serve_until_signal(face: Face, work: Work) -> None:
     Raises what `work` raised, or the error given to `stop.request`.
     """
     stop = Stop()
-    admin = AdminServicer(face.identity, face.health, face.hooks)
+    admin = AdminServicer(face.identity, face.health, face.hooks, face.clock)
     face.hooks.metrics.watch_status(admin.current_status)
     with _signals(stop):
         async with _open_ports(face, admin) as server, contextlib.AsyncExitStack() as entered:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from isthmus.clock import LoopClock, SystemClock
+from isthmus.clock import LoopClock
 from isthmus.config import WorkerConfig
 from isthmus.failpoints import Failpoints
-from isthmus.ids import SystemIds
+from isthmus.ids import Ids
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity
@@ -24,10 +24,9 @@ class WorkerContext:
     failpoints: Failpoints
 
     @classmethod
-    def create(cls, config: WorkerConfig) -> "WorkerContext":
-        clock = SystemClock()
+    def create(cls, config: WorkerConfig, clock: LoopClock, ids: Ids) -> "WorkerContext":
         return cls(
-            identity=Identity(config.name, config.role, SystemIds().incarnation()),
+            identity=Identity(config.name, config.role, ids.incarnation()),
             clock=clock,
             ledger=Ledger(),
             metrics=Metrics(),

@@ -6,13 +6,14 @@ import signal
 import sys
 from collections.abc import AsyncGenerator
 
+from isthmus.clock import SystemClock
 from isthmus.config import DecodeConfig
 from isthmus.errors import CannotStart
 from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.metrics import Metrics
 from isthmus.process.admin import Identity, ServiceHooks
-from isthmus.process.health import HealthState
+from isthmus.process.health import HealthState, ProgressWatch
 from isthmus.process.serving import Face, Stop, run_service, serve_until_signal
 from isthmus.v1 import admin_pb2
 
@@ -24,7 +25,8 @@ async def drained(timeout_s: float) -> int:
 async def main(config: DecodeConfig) -> None:
     if mode == "refuse":
         raise CannotStart("model", "config.json is missing", "give a checkpoint with --model")
-    health = HealthState()
+    clock = SystemClock()
+    health = HealthState(ProgressWatch(clock))
 
     @contextlib.asynccontextmanager
     async def work(stop: Stop) -> AsyncGenerator[None]:
@@ -44,7 +46,7 @@ async def main(config: DecodeConfig) -> None:
     hooks = ServiceHooks(status, drained, Ledger(), Metrics())
     identity = Identity(config.name, role, SystemIds().incarnation())
     await serve_until_signal(
-        Face(config, identity, health, hooks, "isthmus.v1.DecodeService", lambda _server: None), work
+        Face(config, identity, health, hooks, clock, "isthmus.v1.DecodeService", lambda _server: None), work
     )
 
 

@@ -9,24 +9,31 @@ from typing import Any
 import numpy as np
 import pytest
 
+from isthmus.clock import SystemClock
 from isthmus.config import PrefillConfig
 from isthmus.engine.engine import Engine
 from isthmus.errors import IsthmusError
 from isthmus.failpoints import Failpoints
+from isthmus.ids import SystemIds
 from isthmus.kv.block_pool import BlockPool
 from isthmus.ledger import LedgerEvent
 from isthmus.process.worker_context import WorkerContext
 from isthmus.types import Extent, Request, SamplingParams, TransferTarget
 from isthmus.worker.engine_start import transfer_memory
+from isthmus.worker.instruments import Instruments
+from isthmus.worker.step_thread import StepThread
 from kv_transfer.courier import SenderOptions
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.sender import Sender
-from prefill_service.sequence import Event, Sequence
-from prefill_service.worker import PrefillLoop
+from prefill_service.ports import LoopPorts
+from prefill_service.prefill_loop import PrefillLoop
+from prefill_service.prompt import Event, Prompt
+from prefill_service.submissions import Submissions
 from tests.engine.engines import bundled_engine, prompt
 from tests.kv_transfer.world import POISON, DecodeSide, Pool
 
 NUM_LANDING_BLOCKS = 160
+IDLE_WAIT_S = 0.2
 
 
 class AtLayer(Failpoints):
@@ -48,7 +55,7 @@ class AtLayer(Failpoints):
 class Submitted:
     """One prompt in the loop and everything it said."""
 
-    sequence: Sequence
+    prompt: Prompt
     events: "queue.SimpleQueue[Event]"
     said: list[Event] = field(default_factory=list)
 
@@ -78,19 +85,23 @@ class Prefill:
     def __init__(self, failpoints: Failpoints, tile_budget: int, ack_timeout_s: float):
         whole = bundled_engine()
         self.engine: Engine = replace(whole, pool=BlockPool(whole.pool.num_blocks, whole.pool.block_size))
-        self.context = replace(WorkerContext.create(PrefillConfig()), failpoints=failpoints)
+        self.context = replace(WorkerContext.create(PrefillConfig(), SystemClock(), SystemIds()), failpoints=failpoints)
         options = SenderOptions(ack_timeout_s=ack_timeout_s, failpoints=failpoints)
         memory = PoolMemory(self.engine.layout, transfer_memory(self.engine))
         self.sender = Sender(self.context.identity.incarnation, memory, self.context.ledger, options=options)
         self.crashes: list[BaseException] = []
-        self.loop = PrefillLoop(self.engine, self.sender, self.context, tile_budget, self.crashes.append)
+        clock = self.context.clock
+        instruments = Instruments(self.context.ledger, failpoints, self.context.progress)
+        loop = PrefillLoop(LoopPorts(self.engine, self.sender, clock.now, instruments), tile_budget)
+        self.thread = StepThread("prefill-step", clock, idle_wait_s=IDLE_WAIT_S, on_crash=self.crashes.append)
+        self.submissions = Submissions(self.engine, loop, self.thread.add(loop))
 
     def submit(self, token_ids: list[int], target: TransferTarget | None, **fields: Any) -> Submitted:
         sampling = SamplingParams(max_tokens=1 if target is None else 8, ignore_eos=True)
         request = Request(f"request-{len(token_ids)}", 1, tuple(token_ids), sampling, **fields)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        submitted = Submitted(Sequence(request=request, target=target, emit=events.put, deadline=None), events)
-        self.loop.submit(submitted.sequence)
+        submitted = Submitted(Prompt(request=request, target=target, emit=events.put, deadline=None), events)
+        self.submissions.submit(submitted.prompt)
         return submitted
 
     def recorded(self, event: str) -> list[LedgerEvent]:
@@ -101,14 +112,14 @@ class Prefill:
 def prefilling(
     failpoints: Failpoints | None = None, *, tile_budget: int = 256, ack_timeout_s: float = 5.0, start: bool = True
 ) -> Iterator[Prefill]:
-    """Without `start` the test starts the loop, so that what it submitted before is in one step."""
+    """Without `start` the test starts the thread, so that what it submitted before is in one step."""
     prefill = Prefill(failpoints or Failpoints(), tile_budget, ack_timeout_s)
     if start:
-        prefill.loop.start()
+        prefill.thread.start()
     try:
         yield prefill
     finally:
-        prefill.loop.stop()
+        prefill.thread.stop()
         prefill.sender.close()
 
 

@@ -54,10 +54,10 @@ def test_cancelling_most_of_a_step_ends_it_at_the_next_layer_and_the_rest_is_com
 
         def cancel() -> None:
             for submitted in gone:
-                submitted.sequence.is_cancelled = True
+                submitted.prompt.cancel()
 
         points.actions[2] = cancel
-        prefill.loop.start()
+        prefill.thread.start()
         done = staying.until("done")
         assert all(isinstance(submitted.until("error"), RequestCancelled) for submitted in gone)
         assert points.num_layers == 2 + NUM_LAYERS
@@ -71,8 +71,8 @@ def test_cancelling_the_lesser_part_of_a_step_costs_the_others_nothing(decode: D
     points = AtLayer()
     with prefilling(points, start=False) as prefill:
         gone, *staying = [prefill.submit(prompt(64, seed), reserve(decode, 10 * seed, 64)) for seed in (1, 2, 3)]
-        points.actions[2] = lambda: setattr(gone.sequence, "is_cancelled", True)
-        prefill.loop.start()
+        points.actions[2] = gone.prompt.cancel
+        prefill.thread.start()
         assert all(submitted.until("done").acked for submitted in staying)
         assert isinstance(gone.until("error"), RequestCancelled)
         assert points.num_layers == NUM_LAYERS
@@ -86,7 +86,7 @@ def test_ten_cancelled_long_prompts_delay_a_short_one_by_less_than_half_a_second
         long = [prefill.submit(prompt(2000, seed), None) for seed in range(1, 11)]
         long[0].until("progress")
         for submitted in long:
-            submitted.sequence.is_cancelled = True
+            submitted.prompt.cancel()
         began = time.monotonic()
         prefill.submit(prompt(16, seed=11), None).until("done")
         assert time.monotonic() - began - alone_s < 0.5
@@ -115,7 +115,7 @@ def test_what_a_cancelled_prompt_had_computed_is_found_too(decode: DecodeSide) -
     points = AtLayer()
     with prefilling(points, tile_budget=64) as prefill:
         first = prefill.submit(prompt(300), reserve(decode, 0, 300))
-        points.actions[2 * NUM_LAYERS + 1] = lambda: setattr(first.sequence, "is_cancelled", True)
+        points.actions[2 * NUM_LAYERS + 1] = first.prompt.cancel
         first.until("error")
         again = prefill.submit(prompt(300), reserve(decode, 20, 300))
         assert again.until("first_token").num_cached_tokens == 128
@@ -146,6 +146,6 @@ def test_a_lost_device_ends_the_loop_and_its_owner_hears(
         monkeypatch.setattr(Engine, "check_device", lost)
         if when == "a step fails":
             prefill.submit(prompt(64), reserve(decode, 0, 64))
-        prefill.loop.start()
+        prefill.thread.start()
         wait_until(lambda: prefill.crashes)
         assert "illegal memory access" in str(prefill.crashes[0])

@@ -27,7 +27,7 @@ async def serving(prefill: Prefill) -> AsyncIterator[tuple[PrefillServer, Any]]:
     servicer, server = PrefillServer(SystemClock()), create_server()
     prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
     port = bind_grpc(server, "127.0.0.1", 0)
-    servicer.open(prefill.loop, prefill.engine)
+    servicer.open(prefill.submissions)
     await server.start()
     async with channel(f"127.0.0.1:{port}") as connection:
         yield servicer, prefill_pb2_grpc.PrefillServiceStub(connection)

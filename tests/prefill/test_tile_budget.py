@@ -7,11 +7,14 @@ from time import sleep
 import pytest
 from torch import Tensor
 
+from isthmus.clock import SystemClock
 from isthmus.engine.canary import run_canary
 from isthmus.engine.runner import TorchRunner
 from isthmus.steps import OnStored, PrefillChunk, ignore_stored
 from prefill_service.tile_budget import measure_tile_budget
 from tests.engine.engines import bundled_engine
+
+CLOCK = SystemClock()
 
 
 class SlowRunner(TorchRunner):
@@ -32,7 +35,7 @@ class SlowRunner(TorchRunner):
 def test_the_measurement_leaves_no_trace() -> None:
     engine = bundled_engine()
     before = (engine.pool.counts(), engine.pool.published())
-    assert measure_tile_budget(engine) in (64, 128, 192, 256)
+    assert measure_tile_budget(engine, CLOCK.now) in (64, 128, 192, 256)
     assert (engine.pool.counts(), engine.pool.published()) == before
     assert run_canary(engine.runner, engine.pool).digest == engine.numerics.digest
 
@@ -44,5 +47,5 @@ def test_a_slow_model_gets_fewer_tokens_a_step_but_a_tile_at_least(
     engine = bundled_engine()
     runner = SlowRunner(engine.runner.model, engine.cache)
     runner.ms_per_token = ms_per_token
-    assert measure_tile_budget(replace(engine, runner=runner)) in expected
+    assert measure_tile_budget(replace(engine, runner=runner), CLOCK.now) in expected
     assert runner.num_layers <= most_layers

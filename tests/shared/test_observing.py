@@ -6,14 +6,7 @@ import json
 from isthmus import log
 from isthmus.metrics import Metrics
 from isthmus.process.health import HealthState, ProgressWatch, ServiceState
-
-
-class StoppedClock:
-    def __init__(self) -> None:
-        self.time = 100.0
-
-    def now(self) -> float:
-        return self.time
+from isthmus.testing.manual_clock import ManualClock
 
 
 def test_log_line_is_one_json_object_and_fields_do_not_replace_its_own():
@@ -37,40 +30,40 @@ def test_log_line_is_one_json_object_and_fields_do_not_replace_its_own():
 
 
 def test_state_follows_work_stall_and_recovery():
-    clock = StoppedClock()
+    clock = ManualClock()
     health = HealthState(ProgressWatch(clock))
     assert health.snapshot().state is ServiceState.STARTING
     health.ready()
     assert (health.snapshot().state, health.snapshot().serving) == (ServiceState.IDLE, True)
     health.watch.begin_work()
-    clock.time += 2.9
+    clock.advance(2.9)
     health.watch.begin_work()
     assert health.snapshot().state is ServiceState.STEPPING
-    clock.time += 0.1
+    clock.advance(0.1)
     assert (health.snapshot().state, health.snapshot().serving) == (ServiceState.STALLED, False)
     health.watch.step_done()
     assert health.snapshot().state is ServiceState.STEPPING
     health.watch.idle()
-    clock.time += 60
+    clock.advance(60)
     assert health.snapshot().state is ServiceState.IDLE
     assert health.watch.num_steps == 1
 
 
 def test_a_long_step_is_no_stall_while_its_layers_finish():
-    clock = StoppedClock()
+    clock = ManualClock()
     health = HealthState(ProgressWatch(clock))
     health.ready()
     health.watch.begin_work()
     for _ in range(10):
-        clock.time += 2.9
+        clock.advance(2.9)
         health.watch.layer_done()
     assert (health.snapshot().state, health.watch.num_steps) == (ServiceState.STEPPING, 0)
-    clock.time += 3.0
+    clock.advance(3.0)
     assert health.snapshot().state is ServiceState.STALLED
 
 
 def test_draining_is_for_good():
-    health = HealthState()
+    health = HealthState(ProgressWatch(ManualClock()))
     health.drain()
     health.ready()
     health.not_ready("x")

@@ -15,6 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from isthmus.clock import SystemClock
 from isthmus.config import RouterConfig, load
 from isthmus.errors import CannotStart
 from isthmus.ledger import Ledger, LedgerEvent
@@ -33,7 +34,8 @@ class Running:
 
     def __init__(self, *argv: str):
         self.config = load(RouterConfig, argv, {})
-        self.health = HealthState(ProgressWatch(stall_s=0.3))
+        self.clock = SystemClock()
+        self.health = HealthState(ProgressWatch(self.clock, stall_s=0.3))
         self.identity = Identity(self.config.name, "router", "ab" * 16)
         self.metrics, self.ledger = Metrics(), Ledger()
         self.drains: list[float] = []
@@ -60,7 +62,7 @@ class Running:
         hooks = ServiceHooks(lambda: status, self.drain, self.ledger, self.metrics, self.stored_handoffs)
         service = inference_pb2_grpc.InferenceServiceServicer()
         register = partial(inference_pb2_grpc.add_InferenceServiceServicer_to_server, service)
-        return Face(self.config, self.identity, self.health, hooks, SERVICE, register)
+        return Face(self.config, self.identity, self.health, hooks, self.clock, SERVICE, register)
 
 
 @contextlib.asynccontextmanager
