@@ -60,7 +60,7 @@ class Serving:
 
 @dataclass(slots=True)
 class Report:
-    """What `check_model` found, which alone writes it. Parts that could not be found out are None; `reasons` says why."""
+    """What `check_model` found, which alone writes it. What could not be found out is None; `reasons` says why."""
 
     model: str
     path: Path

@@ -6,7 +6,7 @@ from typing import Any
 
 from isthmus.config import RouterConfig
 from isthmus.v1 import inference_pb2_grpc
-from router.server import InferenceServer
+from router.client.grpc_caller import InferenceServer
 
 
 def test_the_tests_run_on_a_grpcio_whose_registered_handlers_win() -> None:
