@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-newest oracle chaos gpu-test gpu-bench check lint types imports proto containers stubs format clean
+.PHONY: help env demo test test-newest test-cpu-kinds sim oracle chaos gpu-test gpu-bench check lint types imports proto containers stubs format clean
 
 help: ## show the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,19 @@ test-newest: ## the faces against the newest dependencies; not in CI: it would g
 	@$(NEWEST)/bin/python -m pip install --quiet $(PIP_ARGS) -e '.[engine,embedded,tests]'
 	@$(NEWEST)/bin/python --version && $(NEWEST)/bin/python -m pip freeze --exclude-editable
 	@$(NEWEST)/bin/python -m pytest $(NEWEST_TESTS) $(PYTEST_ARGS)
+
+# The libraries choose their kernels by processor. What has to be equal bit for bit is tried with the choices of others.
+EXACT := tests/kernels/test_gemm.py tests/kernels/test_gemm_fp8.py tests/kernels/test_moe.py tests/kernels/test_mla_decode.py \
+	tests/kernels/test_mla_prefill.py tests/engine/test_exactness.py tests/engine/test_oplist.py tests/engine/test_canary.py
+CPU_KINDS := OPENBLAS_CORETYPE=Haswell OPENBLAS_CORETYPE=SkylakeX OPENBLAS_CORETYPE=Nehalem ATEN_CPU_CAPABILITY=default \
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+test-cpu-kinds: $(READY) ## exactness suites as on other processors
+	@status=0; for kind in $(CPU_KINDS); do echo "== $$kind"; \
+		env $$kind $(BIN)/python -m pytest -q $(EXACT) $(PYTEST_ARGS) || status=1; done; exit $$status
+
+SIM_SEEDS ?= 20000
+sim: $(READY) ## the simulated cluster over many seeds
+	@SIM_SEEDS=$(SIM_SEEDS) $(BIN)/python -m pytest tests/sim --timeout 3600 $(PYTEST_ARGS)
 
 ORACLE_SEEDS ?= 8
 oracle: $(READY) ## every architecture against transformers; ORACLE_SEEDS=20 tries more configurations
