@@ -41,6 +41,14 @@ class VirtualTime:
     def now_ns(self) -> int:
         return round(self._now * 1e9)
 
+    def time(self) -> float:
+        """`now`, by the name that `isthmus.testing.memory_wire.Timer` has for it."""
+        return self._now
+
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> _Call:
+        """`after`, by that Timer's name."""
+        return self.after(delay, callback)
+
     def after(self, seconds: float, function: Callable[[], object]) -> _Call:
         """Calls `function` once, that much later; what is returned can be cancelled."""
         call = _Call(self._now + seconds, next(self._numbers), function)
