@@ -1,172 +1,166 @@
-"""A decode worker put together: engine, receiver, step loop, lease, and what it shows of itself."""
+"""A decode worker put together: what it opens beside the engine, and what it tells of itself."""
 
 import asyncio
 import contextlib
 import itertools
-import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Sequence
 
-from decode_service.attachment import Attachments
-from decode_service.moving import Mover
+import grpc.aio
+
+from decode_service.core import DecodeCore
+from decode_service.event_loop_post import EventLoopPost
+from decode_service.move_sender import MoveSender
 from decode_service.ownership_report import REFRESH_S, OwnershipReport
-from decode_service.scheduler import REPLAY_ROWS
+from decode_service.ports import DecodePorts
+from decode_service.scheduler import MAX_EXTRA_ROWS
 from decode_service.server import DecodeServer
-from decode_service.stream import Emission
-from decode_service.streams import MAX_STREAMS, Streams
-from decode_service.worker import StepLoop
-from isthmus.clock import SystemClock
+from decode_service.session_requests import DecodeAddress
+from decode_service.step_loop import DecodeLoop
+from decode_service.step_messages import Emission, HandedOver
+from decode_service.stream_table import MAX_STREAMS
+from isthmus.clock import LoopClock
 from isthmus.config import DecodeConfig
-from isthmus.engine.engine import Engine
-from isthmus.ids import SystemIds
+from isthmus.ids import Ids
 from isthmus.ledger import LedgerEvent
-from isthmus.process.admin import ServiceHooks
-from isthmus.process.serving import Face, Stop, serve_until_signal
 from isthmus.process.worker_context import WorkerContext
 from isthmus.steps import StepLimits
 from isthmus.v1 import admin_pb2, decode_pb2_grpc
-from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
+from isthmus.worker.app import WorkerApp, WorkerParts, running
 from kv_transfer.counters import Counters
-from kv_transfer.events import ReceiverOptions, TransferEvents
-from kv_transfer.ownership.membership_task import Membership
+from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
 from kv_transfer.ownership.mirror_task import MirrorTask, mirroring
-from kv_transfer.ownership.store import OpenStore, connected
+from kv_transfer.ownership.store import OpenStore, OwnershipStore
 from kv_transfer.ownership.stored_handoffs import StoredHandoffs
-from kv_transfer.pool_memory import PoolMemory, RowMemory
+from kv_transfer.pool_memory import RowMemory
 from kv_transfer.receiver import Receiver
-from kv_transfer.selftest import round_trip
 from kv_transfer.sender import Sender
+from kv_transfer.worker_cluster import WorkerCluster
 
-SERVICE = "isthmus.v1.DecodeService"
 _SWEEP_S = 0.1
 
+Parts = WorkerParts[OwnershipStore, RowMemory]
 
-class DecodeWorker:
-    """The process's composition root; runs once."""
 
-    def __init__(self, config: DecodeConfig, open_store: OpenStore):
+def decode_worker(
+    config: DecodeConfig, open_store: OpenStore, *, clock: LoopClock, ids: Ids
+) -> WorkerApp[OwnershipStore, RowMemory]:
+    context = WorkerContext.create(config, clock, ids)
+    role = DecodeRole(config, context, clock, ids)
+    return WorkerApp(config, context, role, WorkerCluster(config, context, open_store))
+
+
+class DecodeRole:
+    """`isthmus.worker.app.Role`: blocks in, tokens out. The event loop's thread alone writes it."""
+
+    service = "isthmus.v1.DecodeService"
+
+    def __init__(self, config: DecodeConfig, context: WorkerContext, clock: LoopClock, ids: Ids):
         self._config = config
-        self._open_store = open_store
-        self._context = WorkerContext.create(config, SystemClock(), SystemIds())
-        self._identity = self._context.identity
-        self._server = DecodeServer(self._identity)
-        self._engine: Engine | None = None
-        self._streams: Streams | None = None
+        self._context = context
+        self._clock = clock
+        self._ids = ids
+        self._server = DecodeServer(clock)
         self._stored: StoredHandoffs | None = None
+        self._report: OwnershipReport | None = None
+        self._step_loop: DecodeLoop | None = None
+        self._core: DecodeCore | None = None
         self._counters: list[Counters] = []
 
-    async def run(self) -> None:
-        """Returns after a drain; raises CannotStart when a setting is in the way."""
-        hooks = ServiceHooks(
-            self._status, self._server.drain, self._context.ledger, self._context.metrics, self._stored_handoffs
-        )
-        register = partial(decode_pb2_grpc.add_DecodeServiceServicer_to_server, self._server)
-        face = Face(self._config, self._identity, self._context.health, hooks, self._context.clock, SERVICE, register)
-        await serve_until_signal(face, self._work)
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(decode_rows=min(self._config.max_batch, MAX_STREAMS) + MAX_EXTRA_ROWS)
 
-    @contextlib.asynccontextmanager
-    async def _work(self, stop: Stop) -> AsyncIterator[None]:
-        """Opens everything in the order of need; the stack closes it in reverse."""
-        async with contextlib.AsyncExitStack() as stack:
-            store = await stack.enter_async_context(connected(self._open_store, self._config, self._context.clock))
-            self._stored = StoredHandoffs(store, self._context.clock)
-            limits = StepLimits(decode_rows=min(self._config.max_batch, MAX_STREAMS) + REPLAY_ROWS)
-            tell = self._context.health.starting
-            engine = self._engine = await asyncio.to_thread(open_engine, self._config, tell, limits)
-            on_device = await asyncio.to_thread(device_memory, engine)
-            memory = on_device or PoolMemory(engine.layout, transfer_memory(engine))
-            mirror = MirrorTask(store, self._context.clock, self._restate)
-            await stack.enter_async_context(mirroring(mirror))
-            report = OwnershipReport(mirror.report, self._identity.incarnation)
-            post = _Post(stop)
-            receiver = self._open_receiver(memory, report, post)
-            stack.callback(receiver.close)
-            streams = self._streams = self._open_streams(engine, receiver, report, post, stop)
-            stack.push_async_callback(asyncio.to_thread, streams.step_loop.stop)
-            self._counters = [receiver.counters, mirror.counters, streams.counters]
-            mover = Mover(streams, partial(self._open_sender, memory), post)
-            stack.callback(mover.close)
-            attachments = Attachments(streams)
-            stack.callback(attachments.abandon_all)
-            await asyncio.to_thread(round_trip, engine.layout)
-            self._server.open(attachments, mover)
-            tending = asyncio.create_task(_tend(attachments, report, post), name="attachments")
-            stack.callback(tending.cancel)
-            member = Membership(
-                self._config, self._context, self._status, self._open_store, os.getpid(), on_store_lost=report.again
-            )
-            await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))
-            yield
-
-    def _open_receiver(self, memory: RowMemory, report: OwnershipReport, post: "_Post") -> Receiver:
-        events = TransferEvents(
-            on_ready=lambda claim: post(lambda: self._streams and self._streams.claimed(claim)),
-            on_failed=lambda failure: post(lambda: self._streams and self._streams.failed(failure)),
-            on_state=report.handoff_changed,
-        )
-        options = ReceiverOptions(host=self._config.host, port=self._config.zmq_port)
-        receiver = Receiver(self._identity.incarnation, memory, self._context.ledger, events, options=options)
-        port = receiver.endpoint.rsplit(":", 1)[1]
-        self._identity.zmq_endpoint = f"tcp://{self._config.reachable_host}:{port}"
-        return receiver
-
-    def _open_streams(
-        self, engine: Engine, receiver: Receiver, report: OwnershipReport, post: "_Post", stop: Stop
-    ) -> Streams:
-        def on_step(emissions: list[Emission]) -> None:
-            post(lambda: streams.deliver(emissions))
-
-        step_loop = StepLoop(engine, self._config.max_batch, self._context, on_step, stop.request)
-        streams = Streams(engine, receiver, step_loop, self._context, report, self._config.fill_timeout_s)
-        step_loop.start()
-        return streams
-
-    def _open_sender(self, memory: RowMemory) -> Sender:
-        sender = Sender(self._identity.incarnation, memory, self._context.ledger)
-        self._counters.append(sender.counters)
-        return sender
-
-    def _restate(self) -> None:
-        if self._streams is not None:
-            self._streams.restate()
-
-    async def _stored_handoffs(self, request_id: str, transfer_ids: Sequence[str]) -> list[LedgerEvent]:
+    async def stored_handoffs(self, request_id: str, transfer_ids: Sequence[str]) -> list[LedgerEvent]:
         """Nothing before the store is open."""
         return await self._stored.read(request_id, transfer_ids) if self._stored is not None else []
 
-    def _status(self) -> admin_pb2.GetStatusResponse:
-        status = engine_status(self._config.model, self._engine)
-        if self._streams is not None:
-            status.num_streams = len(self._streams)
-            status.num_queued = self._streams.step_loop.num_waiting
+    def register(self, server: grpc.aio.Server) -> None:
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self._server, server)
+
+    @contextlib.asynccontextmanager
+    async def opened(self, parts: Parts) -> AsyncIterator[None]:
+        """Mirror, receiver, step loop, cores, then routers are served; the stack closes in reverse."""
+        async with contextlib.AsyncExitStack() as stack:
+            self._stored = StoredHandoffs(parts.store, self._context.clock)
+            mirror = MirrorTask(parts.store, self._clock, self._restate)
+            await stack.enter_async_context(mirroring(mirror))
+            self._report = report = OwnershipReport(mirror.report, self._context.identity.incarnation)
+            post = EventLoopPost(self._clock, parts.stop)
+            receiver = self._open_receiver(parts.memory, report, post)
+            stack.callback(receiver.close)
+            sender = MoveSender(lambda: self._open_sender(parts.memory), post)
+            core = self._build_core(parts, receiver, sender, report, post)
+            self._counters += [receiver.counters, mirror.counters, core.streams.counters]
+            await stack.enter_async_context(running(parts.thread))
+            stack.callback(sender.close)
+            stack.callback(lambda: core.attachments.abandon_all(self._clock.now()))
+            tending = asyncio.create_task(self._tend(core, report, post), name="attachments")
+            stack.callback(tending.cancel)
+            self._core = core
+            self._server.open(core)
+            yield
+
+    async def drain(self, timeout_s: float) -> int:
+        return await self._server.drain(timeout_s)
+
+    def add_status(self, status: admin_pb2.GetStatusResponse) -> None:
+        if self._core is not None and self._step_loop is not None:
+            status.num_streams = len(self._core.streams.table)
+            status.num_queued = self._step_loop.num_waiting
         for counters in self._counters:
             status.counters.update(counters.read())
-        return status
 
+    def store_lost(self) -> None:
+        if self._report is not None:
+            self._report.again()
 
-class _Post:
-    """Brings calls from any thread into the event loop. One that fails ends the process: its streams go on elsewhere,
-    which is better than one that nobody looks after here. After the loop's end it does nothing."""
+    def _open_receiver(self, memory: RowMemory, report: OwnershipReport, post: EventLoopPost) -> Receiver:
+        def on_ready(claim: ClaimedTransfer) -> None:
+            post(lambda now: self._core and self._core.streams.claimed(claim, now))
 
-    def __init__(self, stop: Stop):
-        self._loop = asyncio.get_running_loop()
-        self._stop = stop
+        def on_failed(failure: FailedTransfer) -> None:
+            post(lambda now: self._core and self._core.streams.failed(failure, now))
 
-    def __call__(self, function: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
-            self._loop.call_soon_threadsafe(self._run, function)
+        identity = self._context.identity
+        events = TransferEvents(on_ready, on_failed, on_state=report.handoff_changed)
+        options = ReceiverOptions(host=self._config.host, port=self._config.zmq_port)
+        receiver = Receiver(identity.incarnation, memory, self._context.ledger, events, options=options)
+        port = receiver.endpoint.rsplit(":", 1)[1]
+        identity.zmq_endpoint = f"tcp://{self._config.reachable_host}:{port}"
+        return receiver
 
-    def _run(self, function: Callable[[], object]) -> None:
-        try:
-            function()
-        except Exception as error:  # noqa: BLE001 - the root of what other threads have done
-            self._stop.request(error)
+    def _open_sender(self, memory: RowMemory) -> Sender:
+        sender = Sender(self._context.identity.incarnation, memory, self._context.ledger)
+        self._counters.append(sender.counters)
+        return sender
 
+    def _build_core(
+        self, parts: Parts, receiver: Receiver, sender: MoveSender, report: OwnershipReport, post: EventLoopPost
+    ) -> DecodeCore:
+        """The cores, and the step loop in the worker's step thread."""
 
-async def _tend(attachments: Attachments, report: OwnershipReport, post: _Post) -> None:
-    """What is done at intervals: streams nobody came back for, and the store's memory."""
-    for turn in itertools.count(1):
-        await asyncio.sleep(_SWEEP_S)
-        post(attachments.sweep)
-        if turn % round(REFRESH_S / _SWEEP_S) == 0:
-            report.again()
+        def on_step(emissions: Sequence[Emission]) -> None:
+            post(lambda now: core.streams.deliver(emissions, now))
+
+        def on_handed_over(handed_over: HandedOver) -> None:
+            post(lambda now: core.mover.handed_over(handed_over, now))
+
+        step_loop = DecodeLoop(parts.engine, self._config.max_batch, parts.instruments, on_step, on_handed_over)
+        self._step_loop = step_loop
+        ports = DecodePorts(receiver, sender, report, parts.thread.add(step_loop), self._ids)
+        identity = self._context.identity
+        address = DecodeAddress(identity.incarnation, identity.zmq_endpoint)
+        core = DecodeCore.build(parts.engine, ports, parts.instruments, address, self._config.fill_timeout_s)
+        return core
+
+    def _restate(self) -> None:
+        if self._core is not None:
+            self._core.streams.restate()
+
+    async def _tend(self, core: DecodeCore, report: OwnershipReport, post: EventLoopPost) -> None:
+        """What is done at intervals: streams nobody came back for, and the store's memory."""
+        for turn in itertools.count(1):
+            await self._clock.sleep(_SWEEP_S)
+            post(core.attachments.sweep)
+            if turn % round(REFRESH_S / _SWEEP_S) == 0:
+                report.again()

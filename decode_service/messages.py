@@ -1,9 +1,11 @@
-"""Session messages from the decode worker's records, as RouterSession.send takes them; pure."""
+"""Session messages from the decode worker's records; pure."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from decode_service.stream import AttachKey, Ended, Stream
+from decode_service.reader import AttachKey
+from decode_service.stream import Stream
+from decode_service.stream_run import Ended
 from isthmus.convert import extent_to_proto, finish_reason_to_proto, request_to_proto, token_to_proto
 from isthmus.errors import IsthmusError
 from isthmus.kv.layout import KvLayout
@@ -13,26 +15,22 @@ from kv_transfer.coverage import clipped
 from kv_transfer.events import FailedTransfer
 
 
-def step_tokens(step: int, group: Sequence[tuple[Stream, Sequence[Token]]]) -> decode_pb2.StepTokens:
-    """One message for all of a router's streams: of each, tokens from `num_sent` on."""
-    streams = [
-        decode_pb2.StreamTokens(
-            request_id=stream.request_id,
-            counter=stream.attach.counter,
-            index=stream.num_sent,
-            tokens=map(token_to_proto, tokens),
-        )
-        for stream, tokens in group
-    ]
-    return decode_pb2.StepTokens(step=step, streams=streams)
+def stream_tokens(stream: Stream, tokens: Sequence[Token]) -> decode_pb2.StreamTokens:
+    """A stream's part of a step's message: these tokens, the first of which the reader has not been sent yet."""
+    return decode_pb2.StreamTokens(
+        request_id=stream.request_id,
+        counter=stream.reader.attach.counter,
+        index=stream.reader.num_sent,
+        tokens=map(token_to_proto, tokens),
+    )
 
 
 def stream_ended(stream: Stream, ended: Ended) -> decode_pb2.StreamEnded:
     return decode_pb2.StreamEnded(
         request_id=stream.request_id,
-        counter=stream.attach.counter,
+        counter=stream.reader.attach.counter,
         finish_reason=finish_reason_to_proto(ended.finish_reason),
-        num_tokens=len(stream.token_ids),
+        num_tokens=len(stream.tokens),
         reason=ended.reason,
         detail=ended.detail,
     )
@@ -54,7 +52,7 @@ def transfer_failed(stream: Stream, failure: FailedTransfer, layout: KvLayout) -
         request_id=stream.request_id,
         transfer_id=stream.transfer_id,
         attempt=failure.attempt,
-        counter=stream.attach.counter,
+        counter=stream.reader.attach.counter,
         missing=[extent_to_proto(extent, layout) for extent in missing],
         reason=failure.reason,
     )
@@ -71,20 +69,21 @@ def rearmed(stream: Stream, layout: KvLayout) -> decode_pb2.Rearmed:
 
 def attached(stream: Stream, next_index: int) -> decode_pb2.Attached:
     """The stream's whole record: what its router needs to go on without this worker."""
+    reader = stream.reader
     ids = [token.id for token in stream.tokens]
-    emitted = (*ids, *stream.request.emitted_token_ids[len(ids) :])
-    aborts = stream.retention_s is None
+    known = (*ids, *stream.request.emitted_token_ids[len(ids) :])
+    aborts = reader.retention_s is None
     return decode_pb2.Attached(
-        request=request_to_proto(replace(stream.request, emitted_token_ids=emitted)),
-        attach=_attach_id(stream.attach),
+        request=request_to_proto(replace(stream.request, emitted_token_ids=known)),
+        attach=_attach_id(reader.attach),
         next_index=next_index,
         on_disconnect=types_pb2.ON_DISCONNECT_ABORT if aborts else types_pb2.ON_DISCONNECT_RETAIN,
-        retention_s=int(stream.retention_s or 0),
+        retention_s=int(reader.retention_s or 0),
     )
 
 
 def detached(stream: Stream, attach: AttachKey) -> decode_pb2.Detached:
-    """`attach`: who has it now."""
+    """`attach`: who has the stream now."""
     return decode_pb2.Detached(request_id=stream.request_id, attach=_attach_id(attach))
 
 

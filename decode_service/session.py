@@ -1,45 +1,58 @@
-"""One router's session: a bounded queue of messages out. A router that does not read loses the session."""
+"""One router's session as a bounded queue of messages to that router. A router that does not read loses the session."""
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
-from google.protobuf.message import Message
-
+from decode_service.sink import SessionMessage
 from isthmus.v1 import decode_pb2
 
 MAX_QUEUED_MESSAGES = 4096  # a message a step: minutes of steps for a router that stopped reading
-_FIELDS = {f.message_type.name: f.name for f in decode_pb2.SessionResponse.DESCRIPTOR.fields if f.message_type}
+_FIELD_OF = {
+    field.message_type.name: field.name
+    for field in decode_pb2.SessionResponse.DESCRIPTOR.fields
+    if field.message_type is not None
+}
 
 
 class RouterSession:
-    """Event loop only. `lost` is set when the queue overflowed or the call ended; nothing is sent afterwards."""
+    """Written in the event loop: the cores send into it, its driver takes the messages out.
 
-    def __init__(self, router_incarnation: str):
+    `on_ready` tells the driver that there is a message to take, or that the session is over. It may be called more
+    often than that.
+    """
+
+    def __init__(self, router_incarnation: str, on_ready: Callable[[], None]):
         self.router_incarnation = router_incarnation
-        self._queue: asyncio.Queue[decode_pb2.SessionResponse | None] = asyncio.Queue(MAX_QUEUED_MESSAGES + 1)
+        self._on_ready = on_ready
+        self._queue: deque[decode_pb2.SessionResponse] = deque()
         self._is_open = True
 
-    def send(self, message: Message) -> None:
-        """`message` is one of those that a SessionResponse carries."""
+    @property
+    def is_overflowing(self) -> bool:
+        return len(self._queue) >= MAX_QUEUED_MESSAGES
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed and everything queued before was taken."""
+        return not self._is_open and not self._queue
+
+    def send(self, message: SessionMessage) -> None:
+        """Queues a message. At the bound the session is closed instead; a closed session drops what is sent."""
         if not self._is_open:
             return
-        if self._queue.qsize() >= MAX_QUEUED_MESSAGES:
+        if self.is_overflowing:
             self.close()
             return
-        content: dict[str, Any] = {_FIELDS[message.DESCRIPTOR.name]: message}
-        self._queue.put_nowait(decode_pb2.SessionResponse(**content))
+        content: dict[str, Any] = {_FIELD_OF[message.DESCRIPTOR.name]: message}
+        self._queue.append(decode_pb2.SessionResponse(**content))
+        self._on_ready()
 
     def close(self) -> None:
-        """Ends `outgoing` after what is queued."""
-        if self._is_open:
-            self._is_open = False
-            self._queue.put_nowait(None)
+        """The session is over once what is queued was taken."""
+        self._is_open = False
+        self._on_ready()
 
-    async def outgoing(self) -> AsyncIterator[decode_pb2.SessionResponse]:
-        while (message := await self._queue.get()) is not None:
-            yield message
-
-
-NOBODY = RouterSession("")  # where messages of a stream go that nobody wants to hear of
-NOBODY.close()
+    def next_message(self) -> decode_pb2.SessionResponse | None:
+        """Takes the oldest queued message; None when none is queued."""
+        return self._queue.popleft() if self._queue else None

@@ -3,8 +3,6 @@
 from collections import OrderedDict
 from typing import NamedTuple
 
-from isthmus.clock import Clock
-
 MAX_TOMBSTONES = 10_000
 
 
@@ -14,26 +12,26 @@ class Tombstone(NamedTuple):
 
 
 class Tombstones:
-    """At most MAX_TOMBSTONES requests for `keep_s` seconds each; the oldest go first."""
+    """At most MAX_TOMBSTONES requests for `keep_s` seconds each; the oldest go first. Written in the event loop."""
 
-    def __init__(self, keep_s: float, clock: Clock):
+    def __init__(self, keep_s: float):
         self._keep_s = keep_s
-        self._clock = clock
         self._tombstones: OrderedDict[str, Tombstone] = OrderedDict()
 
-    def add(self, request_id: str, counter: int) -> None:
-        self._sweep()
-        counter = max(counter, self._tombstones[request_id].counter) if request_id in self._tombstones else counter
-        self._tombstones[request_id] = Tombstone(counter, self._clock.now() + self._keep_s)
+    def add(self, request_id: str, counter: int, now: float) -> None:
+        self._sweep(now)
+        earlier = self._tombstones.get(request_id)
+        if earlier is not None:
+            counter = max(counter, earlier.counter)
+        self._tombstones[request_id] = Tombstone(counter, now + self._keep_s)
         self._tombstones.move_to_end(request_id)
 
-    def refuses(self, request_id: str, counter: int) -> bool:
-        self._sweep()
+    def refuses(self, request_id: str, counter: int, now: float) -> bool:
+        self._sweep(now)
         tombstone = self._tombstones.get(request_id)
         return tombstone is not None and counter <= tombstone.counter
 
-    def _sweep(self) -> None:
-        now = self._clock.now()
+    def _sweep(self, now: float) -> None:
         while self._tombstones:
             request_id, oldest = next(iter(self._tombstones.items()))
             if oldest.expires_at > now and len(self._tombstones) <= MAX_TOMBSTONES:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from decode_service import streams
+from decode_service import stream_table
 from decode_service.attachment import SESSION_GRACE_S
 from isthmus.clock import SystemClock
 from isthmus.v1 import decode_pb2, types_pb2
@@ -15,7 +15,7 @@ def cancel(router: Router, request_id: str, counter: int) -> decode_pb2.CancelSt
 
 
 async def ended(worker: Worker) -> None:
-    await until(lambda: len(worker.streams) == 0, "every stream has ended")
+    await until(lambda: len(worker.table) == 0, "every stream has ended")
     assert worker.engine.pool.counts().referenced == 0
 
 
@@ -30,10 +30,10 @@ async def test_a_session_that_breaks_and_comes_back_loses_and_repeats_nothing(te
         await router.lose()
         assert "stream.orphaned" in worker.events(asked.request_id)
         here.clock.advance(SESSION_GRACE_S - 0.1)
-        worker.attachments.sweep()
+        worker.sweep()
         await router.connect(**{asked.request_id: 3})
         here.clock.advance(100.0)
-        worker.attachments.sweep()
+        worker.sweep()
         tokens, _ = await router.rest(asked.request_id, 3)
         assert tokens == expected[3:]
 
@@ -50,8 +50,8 @@ async def test_a_stream_that_finished_while_its_session_was_broken_is_sent_again
         assert tokens == oracle(asked)[2:]
         assert last.finish_reason == types_pb2.FINISH_REASON_LENGTH
         here.clock.advance(SESSION_GRACE_S)
-        worker.attachments.sweep()
-        assert worker.streams.get(asked.request_id) is None
+        worker.sweep()
+        assert worker.table.get(asked.request_id) is None
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ async def test_a_stream_nobody_comes_back_for_ends(terms: dict[str, int], kept_s
             await router.tokens(asked.request_id, 0, 1)
             await router.lose()
             here.clock.advance(kept_s - 0.01)
-            worker.attachments.sweep()
-            assert worker.streams.get(asked.request_id).ending is None  # type: ignore[union-attr]
+            worker.sweep()
+            assert worker.table.get(asked.request_id).ending is None  # type: ignore[union-attr]
             here.clock.advance(0.02)
-            worker.attachments.sweep()
+            worker.sweep()
         await ended(worker)
-        assert worker.streams.get(asked.request_id) is None
+        assert worker.table.get(asked.request_id) is None
 
 
 async def test_a_reservation_nobody_comes_back_for_is_given_back() -> None:
@@ -80,7 +80,7 @@ async def test_a_reservation_nobody_comes_back_for_is_given_back() -> None:
         await router.reserve(request())
         await router.lose()
         here.clock.advance(SESSION_GRACE_S)
-        worker.attachments.sweep()
+        worker.sweep()
         await ended(worker)
 
 
@@ -95,8 +95,8 @@ async def test_streams_that_a_returning_router_does_not_name_end_and_others_stay
             await router.lose()
             hello = await router.connect(**{second.request_id: 0, "unknown": 7})
         assert list(hello.unknown_streams) == ["unknown"]
-        await until(lambda: len(worker.streams) == 2, "the unnamed stream has ended")
-        assert worker.streams.get(first.request_id) is None
+        await until(lambda: len(worker.table) == 2, "the unnamed stream has ended")
+        assert worker.table.get(first.request_id) is None
 
 
 async def test_a_second_session_of_a_router_replaces_the_first() -> None:
@@ -166,7 +166,7 @@ async def test_a_finished_stream_is_kept_until_it_is_released() -> None:
         await worker.mirror.flush(1.0)
         assert await here.store.streams.find(asked.request_id) == worker.identity.incarnation
         other.say(release={"request_id": asked.request_id, "attach": other.key(3)})
-        await until(lambda: worker.streams.get(asked.request_id) is None, "it is forgotten")
+        await until(lambda: worker.table.get(asked.request_id) is None, "it is forgotten")
         other.say(attach={"request_id": asked.request_id})
         assert (await other.next("refused")).refused.reason == "STREAM_GONE"
         await worker.mirror.flush(1.0)
@@ -180,11 +180,11 @@ async def test_a_finished_stream_is_kept_no_longer_than_its_retention() -> None:
         await router.start(here.prefill, asked, on_disconnect=RETAIN, retention_s=30)
         await router.rest(asked.request_id, 0)
         here.clock.advance(29.9)
-        worker.attachments.sweep()
-        assert worker.streams.get(asked.request_id) is not None
+        worker.sweep()
+        assert worker.table.get(asked.request_id) is not None
         here.clock.advance(0.2)
-        worker.attachments.sweep()
-        assert worker.streams.get(asked.request_id) is None
+        worker.sweep()
+        assert worker.table.get(asked.request_id) is None
 
 
 async def test_a_cancelled_stream_is_not_kept() -> None:
@@ -196,7 +196,7 @@ async def test_a_cancelled_stream_is_not_kept() -> None:
             router.say(cancel=cancel(router, asked.request_id, 1))
         _, last = await router.rest(asked.request_id, 0)
         assert last.finish_reason == types_pb2.FINISH_REASON_CANCELLED
-        assert worker.streams.get(asked.request_id) is None
+        assert worker.table.get(asked.request_id) is None
 
 
 async def test_attaching_beyond_the_last_token_or_to_nothing_is_refused() -> None:
@@ -266,14 +266,14 @@ async def test_a_draining_worker_tells_every_router_and_does_not_wait_for_what_h
         await router.start(here.prefill, kept, on_disconnect=RETAIN, retention_s=30)
         await router.rest(kept.request_id, 0)
         await router.reserve(asked)
-        assert await worker.attachments.drain(0.0) == 1
+        assert await worker.server.drain(0.0) == 1
         await router.next("leaving")
         late = await here.router()
         await late.next("leaving")
         with pytest.raises(AssertionError, match="DRAINING"):
             await late.reserve(request(30))
         router.say(cancel=cancel(router, asked.request_id, 1))
-        assert await worker.attachments.drain(5.0) == 0
+        assert await worker.server.drain(5.0) == 0
 
 
 async def test_everything_is_reported_again_to_a_store_that_forgot_it() -> None:
@@ -299,11 +299,11 @@ async def test_everything_is_reported_again_to_a_store_that_forgot_it() -> None:
 
 
 async def test_kept_streams_are_bounded_and_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MAX_KEPT", 2)
+    monkeypatch.setattr(stream_table, "MAX_KEPT", 2)
     asked = [request(length) for length in (20, 30, 40)]
     async with world("d1") as here:
         router = await here.router()
         for one in asked:
             await router.start(here.prefill, one, on_disconnect=RETAIN, retention_s=30)
             await router.rest(one.request_id, 0)
-        assert [one.request_id for one in asked[1:]] == list(here.workers[0].streams.kept)
+        assert [one.request_id for one in asked[1:]] == [stream.request_id for stream in here.workers[0].table.kept()]

@@ -50,7 +50,7 @@ async def test_a_moved_stream_goes_on_with_the_same_bits_and_computes_nothing_ag
         assert tokens == expected[num_emitted:]
         assert "stream.replayed" not in target.events(asked.request_id)
         assert target.context.progress.num_steps <= len(expected) - len(sent)
-        assert source.engine.pool.counts().referenced == len(source.streams) == 0
+        assert source.engine.pool.counts().referenced == len(source.table) == 0
         assert "stream.moved" in source.events(asked.request_id)
 
 
@@ -143,7 +143,7 @@ async def test_a_cancel_crosses_a_move(when: str) -> None:
             await first.was_heard()
             if when == "while its blocks leave":
                 source.may_step.set()
-                stream = source.streams.get(asked.request_id)
+                stream = source.table.get(asked.request_id)
                 await until(lambda: stream and stream.phase is Phase.MOVING, "it moves")
             first.say(cancel={"request_id": asked.request_id, "attach": first.key(1)})
             if when == "before the step ended":

@@ -3,13 +3,12 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
 
-from decode_service.stream import Stream
-from decode_service.worker import StepLoop
+from decode_service.step_messages import HandedOver
 from isthmus.engine.engine import Engine
 from isthmus.engine.sampler import sample
 from isthmus.kv.planes import LATENT
@@ -19,7 +18,7 @@ from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import decode_pb2, types_pb2
 from tests.decode import test_any_order as any_order
 from tests.decode import world as world_module
-from tests.decode.world import SEEDED, Router, oracle, request, world
+from tests.decode.world import SEEDED, Router, Worker, oracle, request, world
 from tests.kv_transfer.world import wait_until
 
 PLAIN = SamplingParams(max_tokens=100, temperature=1.0, top_p=0.9)
@@ -196,16 +195,13 @@ async def test_mixed_batches_give_the_tokens_of_the_oracle(late: Decoders, seed:
 @pytest.mark.parametrize("seed", range(3))
 async def test_moves_and_takeovers_lose_nothing(late: Decoders, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(any_order, "SEEDED", PLAIN)
-    hand_over = StepLoop.hand_over
+    handed_over = Worker.handed_over
 
-    def watched(loop: StepLoop, stream: Stream, then: Callable[[bool], None]) -> None:
-        def settled(was_here: bool) -> None:
-            assert not loop._pending
-            then(was_here)
+    def watched(worker: Worker, answer: HandedOver) -> None:
+        assert not worker.step_loop._steps
+        handed_over(worker, answer)
 
-        hand_over(loop, stream, settled)
-
-    monkeypatch.setattr(StepLoop, "hand_over", watched)
+    monkeypatch.setattr(Worker, "handed_over", watched)
     await any_order.test_no_token_is_lost_repeated_or_changed(seed)
     assert sum(decoder.num_ahead for decoder in late.made) > 20
 
@@ -257,6 +253,6 @@ async def test_a_lost_device_ends_the_worker_and_no_stream(late: Decoders, monke
         await router.was_heard()  # only tokens came before
         assert router.tokens_of[asked.request_id] == oracle(asked)[:5]
         late.made[0].pending.clear()
-        for stream in worker.streams:
-            stream.free(worker.engine.pool)
+        for run in worker.step_loop._scheduler:
+            run.free(worker.engine.pool)
         worker.crashes.clear()

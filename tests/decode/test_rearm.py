@@ -79,7 +79,7 @@ async def test_a_reservation_that_nobody_fills_again_ends_at_its_deadline() -> N
         here.clock.advance(10.0)
         failed = (await router.next("transfer_failed")).transfer_failed
         assert failed.reason == "fill_deadline"
-        assert len(worker.streams) == worker.engine.pool.counts().referenced == 0
+        assert len(worker.table) == worker.engine.pool.counts().referenced == 0
 
 
 async def test_a_rearm_starts_the_fill_time_anew() -> None:

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from decode_service.scheduler import REPLAY_ROWS, Scheduler
-from decode_service.session import NOBODY
-from decode_service.stream import AttachKey, Stream
+from decode_service.scheduler import MAX_EXTRA_ROWS, Scheduler
+from decode_service.step_messages import JoinBatch
+from decode_service.stream_run import StreamRun
+from decode_service.work import Continue, Replay
 from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import types_pb2
 from tests.decode.world import SEEDED, oracle, request, until, world
@@ -54,7 +55,7 @@ async def test_a_token_that_differs_ends_the_stream_and_is_counted(wrong: int) -
         assert (tokens, ended.reason) == ([], "REPLAY_MISMATCH")
         assert ended.finish_reason == types_pb2.FINISH_REASON_ERROR
         assert here.workers[0].streams.counters["replay.mismatch"] == 1
-        assert len(here.workers[0].streams) == 0
+        assert len(here.workers[0].table) == 0
 
 
 async def test_emitted_tokens_that_go_on_after_an_end_are_a_mismatch() -> None:
@@ -76,20 +77,31 @@ async def test_emitted_tokens_that_cannot_be_replayed_are_refused(ids: tuple[int
             await router.reserve(replace(request(), emitted_token_ids=ids))
 
 
-@pytest.mark.parametrize("num_computed", [20, 21], ids=["before its first step", "after it"])
-async def test_who_attaches_below_the_replayed_tokens_gets_them_with_their_logprobs(num_computed: int) -> None:
-    """The record holds every token known: the emitted ones, and the next one once the replaying step has run."""
+@pytest.mark.parametrize(("moment", "num_known"), [("before its first step", 20), ("computed", 20), ("delivered", 21)])
+async def test_who_attaches_below_the_replayed_tokens_gets_them_with_their_logprobs(
+    moment: str, num_known: int
+) -> None:
+    """The record holds the emitted tokens, and the next one once the replaying step has been delivered."""
     plain = request()
     expected = oracle(plain)
     async with world("d1") as here:
         worker, router, other = here.workers[0], await here.router(), await here.router()
-        worker.may_begin_step.clear() if num_computed == 20 else worker.may_step.clear()
+        if moment == "before its first step":
+            worker.may_begin_step.clear()
+        elif moment == "computed":
+            worker.may_step.clear()
+        else:
+            worker.num_steps_allowed = 1
         await router.start(here.prefill, emitted(plain, expected[:20]))
-        stream = worker.streams.get(plain.request_id)
-        if num_computed == 21:
-            await until(lambda: stream is not None and len(stream.tokens) == num_computed, "the step has run")
+        stream = worker.table.get(plain.request_id)
+        assert stream is not None
+        if moment == "computed":
+            (run,) = worker.step_loop._scheduler
+            await until(lambda: len(run.token_ids) == 21, "the step has run")
+        if moment == "delivered":
+            await until(lambda: len(stream.tokens) == 21, "the step has been delivered")
         attached = await other.attach(plain.request_id, 3)
-        assert list(attached.request.emitted_token_ids) == [token.id for token in expected[:num_computed]]
+        assert list(attached.request.emitted_token_ids) == [token.id for token in expected[:num_known]]
         worker.may_begin_step.set()
         worker.may_step.set()
         tokens, _ = await other.rest(plain.request_id, 3)
@@ -112,29 +124,23 @@ async def test_a_stream_replays_beside_one_that_runs_and_neither_changes() -> No
         assert here.workers[0].event(replaying.request_id, "stream.replayed")["num_tokens"] == "99"
 
 
-def stream(num_emitted: int, num_done: int = 1) -> Stream:
-    made = Stream(
-        request=replace(request(), emitted_token_ids=tuple(range(num_emitted))),
-        attach=AttachKey("r", 1),
-        sink=NOBODY,
-        retention_s=None,
-        transfer_id="t",
-        attempt=1,
-        block_table=[],
-        num_set_aside=0,
-        num_cached_tokens=0,
-        missing=(),
-        deadline=None,
-    )
+def run(name: str, num_emitted: int, num_done: int = 1) -> StreamRun:
+    asked = request(sampling=replace(SEEDED, max_tokens=2000), emitted_token_ids=tuple(range(num_emitted)))
+    made = StreamRun(asked, name, context_length=4096, deadline=None, block_table=[], num_set_aside=0)
     made.token_ids += range(num_done)
     return made
 
 
 def test_a_step_replays_a_bounded_number_of_rows_the_oldest_stream_first() -> None:
-    scheduler = Scheduler(8, on_run=lambda _: None)
-    for made in (stream(0), stream(50), stream(1000), stream(1000)):
-        scheduler.join(made)
-    batch = scheduler.batch()
-    assert [len(rows) for _, rows in batch] == [1, 50, 1 + REPLAY_ROWS - 49, 1]
-    assert [len(sampling.token_ids) for _, sampling in batch[1][1]] == list(range(1, 51))
-    assert batch[0][1][0][1].token_ids is batch[0][0].token_ids
+    scheduler = Scheduler(8)
+    runs = [run("a", 0), run("b", 50), run("c", 1000), run("d", 1000)]
+    for made in runs:
+        scheduler.join(JoinBatch(made, 0))
+    assert [join.run for join in scheduler.admit()] == runs
+    works = scheduler.works({})
+    assert [work.run for work in works] == runs
+    assert [type(work) for work in works] == [Continue, Replay, Replay, Replay]
+    assert [work.num_rows for work in works] == [1, 50, 1 + MAX_EXTRA_ROWS - 49, 1]
+    assert [len(work.rows()) for work in works] == [work.num_rows for work in works]
+    assert [len(sampling.token_ids) for _, sampling in works[1].rows()] == list(range(1, 51))
+    assert works[0].rows()[0][1].token_ids is runs[0].token_ids

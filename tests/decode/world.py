@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from decode_service.attachment import Attachments
-from decode_service.moving import Mover
+from decode_service.core import DecodeCore
 from decode_service.ownership_report import OwnershipReport
+from decode_service.ports import DecodePorts, OnMoved
 from decode_service.server import DecodeServer
-from decode_service.streams import Streams
-from decode_service.worker import StepLoop
+from decode_service.session_requests import DecodeAddress
+from decode_service.step_loop import DecodeLoop
+from decode_service.step_messages import Emission, HandedOver
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.clock import Clock, SystemClock
 from isthmus.convert import request_to_proto, target_from_proto, token_from_proto
@@ -34,9 +35,11 @@ from isthmus.process.worker_context import WorkerContext
 from isthmus.steps import DecodeRow, PrefillChunk, SamplingInput
 from isthmus.testing.block_pool_check import check_partition
 from isthmus.testing.manual_clock import ManualClock
-from isthmus.types import Request, SamplingParams, Token
+from isthmus.types import Request, SamplingParams, Token, TransferTarget
 from isthmus.v1 import decode_pb2, types_pb2
 from isthmus.worker.engine_start import transfer_memory
+from isthmus.worker.instruments import Instruments
+from isthmus.worker.step_thread import StepThread
 from kv_transfer.events import ReceiverOptions, TransferEvents
 from kv_transfer.outgoing import OutgoingTransfer, TransferOutcome
 from kv_transfer.ownership.memory import MemoryOwnership
@@ -162,8 +165,8 @@ class Worker:
         self.loop = asyncio.get_running_loop()
         self.memory = PoolMemory(self.engine.layout, transfer_memory(self.engine))
         events = TransferEvents(
-            on_ready=lambda claim: self.post(lambda: self.streams.claimed(claim)),
-            on_failed=lambda failure: self.post(lambda: self.streams.failed(failure)),
+            on_ready=lambda claim: self.post(lambda now: self.streams.claimed(claim, now)),
+            on_failed=lambda failure: self.post(lambda now: self.streams.failed(failure, now)),
             on_state=self.report.handoff_changed,
         )
         ledger = self.context.ledger
@@ -173,18 +176,35 @@ class Worker:
         self.may_step.set()
         self.may_begin_step = threading.Event()
         self.may_begin_step.set()
+        self.num_steps_allowed: int | None = None  # then `may_begin_step` is cleared; None: no bound
         self.crashes: list[BaseException] = []
-        self.step_loop = StepLoop(self.engine, max_batch, self.context, self._stepped, self.crashes.append)
-        self.streams = Streams(self.engine, self.receiver, self.step_loop, self.context, self.report, 10.0)
-        self.attachments = Attachments(self.streams)
-        self.mover = Mover(self.streams, self._open_sender, self.post)
-        self.server = DecodeServer(self.identity)
-        self.server.open(self.attachments, self.mover)
-        self.step_loop.start()
+        self.sender = MoveSender(self)
+        instruments = Instruments(self.context.ledger, self.context.failpoints, self.context.progress)
+        self.step_loop = DecodeLoop(self.engine, max_batch, instruments, self.stepped, self.handed_over)
+        self.step_thread = StepThread("decode-step", clock, idle_wait_s=0.2, on_crash=self.crashes.append)
+        post_step = self.step_thread.add(self.step_loop)
+        ports = DecodePorts(self.receiver, self.sender, self.report, post_step, SystemIds())
+        address = DecodeAddress(self.identity.incarnation, self.identity.zmq_endpoint)
+        self.core = DecodeCore.build(self.engine, ports, instruments, address, 10.0)
+        self.streams = self.core.streams
+        self.table = self.streams.table
+        self.server = DecodeServer(clock)
+        self.server.open(self.core)
+        self.step_thread.start()
         self._mirroring = asyncio.create_task(self.mirror.run())
 
-    def post(self, function: Callable[[], object]) -> None:
-        self.loop.call_soon_threadsafe(function)
+    def post(self, function: Callable[[float], object]) -> None:
+        self.loop.call_soon_threadsafe(lambda: function(self.clock.now()))
+
+    def sweep(self) -> None:
+        self.core.attachments.sweep(self.clock.now())
+
+    def stepped(self, emissions: Sequence[Emission]) -> None:
+        assert self.may_step.wait(WAIT_S)
+        self.post(lambda now: self.streams.deliver(emissions, now))
+
+    def handed_over(self, handed_over: HandedOver) -> None:
+        self.post(lambda now: self.core.mover.handed_over(handed_over, now))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -212,9 +232,10 @@ class Worker:
         """Everything is given back, whatever the test did."""
         self.may_step.set()
         self.may_begin_step.set()
-        self.attachments.abandon_all()
-        self.mover.close()
-        await asyncio.to_thread(self.step_loop.stop)
+        self.num_steps_allowed = None
+        self.core.attachments.abandon_all(self.clock.now())
+        self.sender.close()
+        await asyncio.to_thread(self.step_thread.stop)
         self.receiver.close()
         await asyncio.sleep(0)
         await self.mirror.flush(1.0)
@@ -223,12 +244,28 @@ class Worker:
         check_partition(self.engine.pool)
         assert not self.crashes
 
-    def _open_sender(self) -> Sender:
-        return Sender(self.identity.incarnation, self.memory, self.context.ledger)
 
-    def _stepped(self, emissions: Any) -> None:
-        assert self.may_step.wait(WAIT_S)
-        self.post(lambda: self.streams.deliver(emissions))
+class MoveSender:
+    """A sender of its own for the worker's moves; the event loop hears what became of them."""
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+        self._sender: Sender | None = None
+
+    def open(
+        self, target: TransferTarget, block_table: Sequence[int], on_done: OnMoved, *, request_id: str
+    ) -> OutgoingTransfer:
+        worker = self._worker
+        self._sender = self._sender or Sender(worker.identity.incarnation, worker.memory, worker.context.ledger)
+
+        def done(outcome: TransferOutcome) -> None:
+            worker.post(lambda now: on_done(outcome, now))
+
+        return self._sender.open(target, block_table, done, request_id=request_id)
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
 
 
 class _Gated(Failpoints):
@@ -241,6 +278,10 @@ class _Gated(Failpoints):
     def hit(self, name: str) -> str | None:
         if name == "decode.step":
             assert self._worker.may_begin_step.wait(WAIT_S)
+            if self._worker.num_steps_allowed is not None:
+                self._worker.num_steps_allowed -= 1
+                if self._worker.num_steps_allowed == 0:
+                    self._worker.may_begin_step.clear()
         return super().hit(name)
 
 

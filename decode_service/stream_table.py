@@ -1,0 +1,62 @@
+"""Which streams a decode worker has: by request and by transfer; those that ended and are kept apart from the rest."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from decode_service.stream import Stream
+
+MAX_STREAMS = 1024
+MAX_KEPT = 1024
+
+
+@dataclass(eq=False, slots=True)
+class StreamTable:
+    """Written in the event loop, by `Streams`. Counts and iterates over the streams that have not ended.
+
+    A request may have two streams for a moment: one that makes way, whose end the step loop has not reported yet, and
+    the one reserved in its place, which is the one found by the request.
+    """
+
+    _by_request: dict[str, Stream] = field(default_factory=dict[str, Stream], init=False)
+    _by_transfer: dict[str, Stream] = field(default_factory=dict[str, Stream], init=False)
+    _kept: dict[str, Stream] = field(default_factory=dict[str, Stream], init=False)  # in the order of their ends
+
+    def __len__(self) -> int:
+        return len(self._by_request)
+
+    def __iter__(self) -> Iterator[Stream]:
+        """As they are now; the table may change meanwhile."""
+        return iter(list(self._by_request.values()))
+
+    def get(self, request_id: str) -> Stream | None:
+        """Also one that ended and is kept."""
+        return self._by_request.get(request_id) or self._kept.get(request_id)
+
+    def of_transfer(self, transfer_id: str) -> Stream | None:
+        """One that has not ended."""
+        return self._by_transfer.get(transfer_id)
+
+    def add(self, stream: Stream) -> None:
+        self._by_request[stream.request_id] = stream
+        self._by_transfer[stream.transfer_id] = stream
+
+    def remove(self, stream: Stream) -> None:
+        """It ended, or is gone."""
+        self._by_transfer.pop(stream.transfer_id, None)
+        if self._by_request.get(stream.request_id) is stream:
+            del self._by_request[stream.request_id]
+
+    def keep(self, stream: Stream) -> Stream | None:
+        """Keeps a stream that ended; at the bound, the oldest of those kept, which has to go."""
+        self._kept[stream.request_id] = stream
+        return next(iter(self._kept.values())) if len(self._kept) > MAX_KEPT else None
+
+    def forget(self, stream: Stream) -> bool:
+        """Forgets a stream that was kept; whether it was."""
+        if self._kept.get(stream.request_id) is not stream:
+            return False
+        del self._kept[stream.request_id]
+        return True
+
+    def kept(self) -> list[Stream]:
+        return list(self._kept.values())
