@@ -2,6 +2,8 @@
 
 # ruff: noqa: SLF001
 # pyright: reportPrivateUsage=false
+from collections.abc import Iterable
+
 from isthmus.kv.block_pool import BlockPool
 
 
@@ -21,3 +23,10 @@ def check_partition(pool: BlockPool) -> None:
         assert cached <= published <= cached | referenced, "a blank block with content, or a cached one without"
         assert all(0 < count <= pool._references[block] for block, count in pool._sends.items()), "a lost send"
         assert 0 <= pool._num_set_aside <= len(blank) + len(cached), "more set aside than free"
+
+
+def check_referenced(pool: BlockPool, blocks: Iterable[int]) -> None:
+    """Asserts that somebody holds each of these blocks."""
+    with pool._lock:
+        free = [block for block in blocks if not pool._references[block]]
+        assert not free, f"blocks {free} were given back"
