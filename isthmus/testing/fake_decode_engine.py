@@ -105,11 +105,11 @@ class FakeDecoder:
         for row in rows:
             check_referenced(self._engine.pool, row.block_table[: row.position // size + 1])
 
-    def compute_row(self, block_table: Sequence[int], known: tuple[int, ...]) -> None:
+    def compute_row(self, block_table: Sequence[int], known: Sequence[int]) -> None:
         """Stores the row of the last of `known`, prompt and tokens; what lies before it must be theirs."""
         engine = self._engine
         before = engine.rows[engine.slot(block_table, len(known) - 2)] if len(known) > 1 else NO_ROW
-        assert before == self._expected_row(known[:-1]), "a cached row is not of this stream"
+        assert before == self._expected_row(tuple(known[:-1])), "a cached row is not of this stream"
         engine.rows[engine.slot(block_table, len(known) - 1)] = row_after(before, known[-1])
 
     def _expected_row(self, known: tuple[int, ...]) -> int:
