@@ -7,7 +7,7 @@ from typing import NamedTuple
 from isthmus.errors import DataLoss, NonFiniteLogits
 from isthmus.kv.block_pool import BlockPool
 from isthmus.ledger import Ledger
-from isthmus.steps import StepResult
+from isthmus.steps import StepResult, needs_its_tokens
 from isthmus.text.finish import finish_reason
 from isthmus.types import FinishReason, Request, Token
 
@@ -49,9 +49,11 @@ class StreamRun:
     token_ids: list[int] = field(default_factory=list[int], init=False)
     is_freed: bool = field(default=False, init=False)
     num_prompt_tokens: int = field(init=False)
+    needs_its_tokens: bool = field(init=False)  # the host has to know each token before the next is sampled
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.needs_its_tokens = needs_its_tokens(self.request.sampling)
 
     def begin(self, tokens: Sequence[Token], attempt: int) -> Settled:
         """The claim brought these tokens, from token 0 on, by this attempt."""
@@ -60,14 +62,17 @@ class StreamRun:
 
     def accept_all(self, results: Sequence[StepResult]) -> Settled:
         """Results for the next token and those after it. What follows an end is dropped."""
-        num_before = len(self.token_ids)
-        ended = None
+        tokens: list[Token] = []
         for result in results:
+            if isinstance(result, NonFiniteLogits):
+                return Settled(tokens, Ended(FinishReason.ERROR, result.reason, result.detail))
+            num_before = len(self.token_ids)
             ended = self._accept(result)
+            if len(self.token_ids) > num_before:
+                tokens.append(result)
             if ended is not None:
-                break
-        accepted = results[: len(self.token_ids) - num_before]
-        return Settled([token for token in accepted if isinstance(token, Token)], ended)
+                return Settled(tokens, ended)
+        return Settled(tokens, None)
 
     def grow(self, pool: BlockPool, num_positions: int) -> None:
         """Makes room for the next rows, out of what the reservation set aside: it cannot fail."""
@@ -96,16 +101,14 @@ class StreamRun:
             steps_waited=steps_waited,
         )
 
-    def _accept(self, result: StepResult) -> Ended | None:
+    def _accept(self, token: Token) -> Ended | None:
         """The next token; why the stream ends with it, or before it when the token cannot be."""
-        if isinstance(result, NonFiniteLogits):
-            return Ended(FinishReason.ERROR, result.reason, result.detail)
         index = len(self.token_ids)
         emitted = self.request.emitted_token_ids
         is_replayed = index < len(emitted)
-        if is_replayed and result.id != emitted[index]:
-            return _mismatch(f"token {index} was emitted as {emitted[index]} and is {result.id} now")
-        self.token_ids.append(result.id)
+        if is_replayed and token.id != emitted[index]:
+            return _mismatch(f"token {index} was emitted as {emitted[index]} and is {token.id} now")
+        self.token_ids.append(token.id)
         reason = finish_reason(self.request, self.token_ids, self.context_length)
         if reason is None:
             return None

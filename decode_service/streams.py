@@ -106,7 +106,8 @@ class Streams:
             stream = self.table.of_transfer(emission.transfer_id)
             assert stream is not None, "a stream is here until its end is delivered"
             stream.record(emission.index, emission.tokens)
-            self._note_replay(stream, emission.index, now)
+            if stream.request.emitted_token_ids:
+                self._note_replay(stream, emission.index, now)
             reader = stream.reader
             unsent = stream.tokens[reader.num_sent :]
             if unsent:

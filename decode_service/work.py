@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from decode_service.stream_run import Settled, StreamRun
-from isthmus.steps import FromPrevious, SamplingInput, StepResult, StepRow, needs_its_tokens
+from isthmus.steps import FromPrevious, SamplingInput, StepResult, StepRow
 from isthmus.text.finish import is_full
 
 
@@ -73,7 +73,7 @@ class Continue:
 
     @property
     def may_be_followed(self) -> bool:
-        return not needs_its_tokens(self.run.request.sampling)
+        return not self.run.needs_its_tokens
 
     def rows(self) -> Sequence[tuple[StepRow, SamplingInput]]:
         run = self.run
@@ -101,7 +101,7 @@ class Replay:
 
     @property
     def may_be_followed(self) -> bool:
-        return not needs_its_tokens(self.run.request.sampling)
+        return not self.run.needs_its_tokens
 
     def rows(self) -> Sequence[tuple[StepRow, SamplingInput]]:
         run = self.run
