@@ -9,8 +9,10 @@ from functools import cache
 from typing import Any
 
 from decode_service.core import DecodeCore
+from decode_service.event_loop_post import EventLoopPost
+from decode_service.move_sender import MoveSender
 from decode_service.ownership_report import OwnershipReport
-from decode_service.ports import DecodePorts, OnMoved
+from decode_service.ports import DecodePorts
 from decode_service.server import DecodeServer
 from decode_service.session_requests import DecodeAddress
 from decode_service.step_loop import DecodeLoop
@@ -35,7 +37,7 @@ from isthmus.process.worker_context import WorkerContext
 from isthmus.steps import DecodeRow, PrefillChunk, SamplingInput
 from isthmus.testing.block_pool_check import check_partition
 from isthmus.testing.manual_clock import ManualClock
-from isthmus.types import Request, SamplingParams, Token, TransferTarget
+from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import decode_pb2, types_pb2
 from isthmus.worker.engine_start import transfer_memory
 from isthmus.worker.instruments import Instruments
@@ -162,7 +164,8 @@ class Worker:
         )
         self.mirror = MirrorTask(store, SystemClock(), lambda: self.streams.restate())
         self.report = OwnershipReport(self.mirror.report, self.identity.incarnation)
-        self.loop = asyncio.get_running_loop()
+        self.crashes: list[BaseException] = []
+        self.post = EventLoopPost(clock, self.crashes.append)
         self.memory = PoolMemory(self.engine.layout, transfer_memory(self.engine))
         events = TransferEvents(
             on_ready=lambda claim: self.post(lambda now: self.streams.claimed(claim, now)),
@@ -177,8 +180,7 @@ class Worker:
         self.may_begin_step = threading.Event()
         self.may_begin_step.set()
         self.num_steps_allowed: int | None = None  # then `may_begin_step` is cleared; None: no bound
-        self.crashes: list[BaseException] = []
-        self.sender = MoveSender(self)
+        self.sender = MoveSender(self._open_sender, self.post)
         instruments = Instruments(self.context.ledger, self.context.failpoints, self.context.progress)
         self.step_loop = DecodeLoop(self.engine, max_batch, instruments, self.stepped, self.handed_over)
         self.step_thread = StepThread("decode-step", clock, idle_wait_s=0.2, on_crash=self.crashes.append)
@@ -192,9 +194,6 @@ class Worker:
         self.server.open(self.core)
         self.step_thread.start()
         self._mirroring = asyncio.create_task(self.mirror.run())
-
-    def post(self, function: Callable[[float], object]) -> None:
-        self.loop.call_soon_threadsafe(lambda: function(self.clock.now()))
 
     def sweep(self) -> None:
         self.core.attachments.sweep(self.clock.now())
@@ -244,28 +243,8 @@ class Worker:
         check_partition(self.engine.pool)
         assert not self.crashes
 
-
-class MoveSender:
-    """A sender of its own for the worker's moves; the event loop hears what became of them."""
-
-    def __init__(self, worker: Worker):
-        self._worker = worker
-        self._sender: Sender | None = None
-
-    def open(
-        self, target: TransferTarget, block_table: Sequence[int], on_done: OnMoved, *, request_id: str
-    ) -> OutgoingTransfer:
-        worker = self._worker
-        self._sender = self._sender or Sender(worker.identity.incarnation, worker.memory, worker.context.ledger)
-
-        def done(outcome: TransferOutcome) -> None:
-            worker.post(lambda now: on_done(outcome, now))
-
-        return self._sender.open(target, block_table, done, request_id=request_id)
-
-    def close(self) -> None:
-        if self._sender is not None:
-            self._sender.close()
+    def _open_sender(self) -> Sender:
+        return Sender(self.identity.incarnation, self.memory, self.context.ledger)
 
 
 class _Gated(Failpoints):
