@@ -16,18 +16,19 @@ from decode_service.streams import MAX_STREAMS, Streams
 from decode_service.worker import StepLoop
 from isthmus.config import DecodeConfig
 from isthmus.engine.engine import Engine, StepLimits
+from isthmus.ids import SystemIds
 from isthmus.process.admin import ServiceHooks
 from isthmus.process.serving import Face, Stop, serve_until_signal
 from isthmus.process.worker_context import WorkerContext
 from isthmus.v1 import admin_pb2, decode_pb2_grpc
 from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
 from kv_transfer.counters import Counters
-from kv_transfer.events import ReceiverOptions, TransferEvents
 from kv_transfer.ownership.membership import Membership, running
 from kv_transfer.ownership.mirror import HandoffMirror
 from kv_transfer.ownership.store import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory, RowMemory
 from kv_transfer.receiver import Receiver
+from kv_transfer.receiver_events import ReceiverOptions, TransferEvents
 from kv_transfer.selftest import round_trip
 from kv_transfer.sender import Sender
 
@@ -77,7 +78,7 @@ class DecodeWorker:
             stack.callback(mover.close)
             attachments = Attachments(streams)
             stack.callback(attachments.abandon_all)
-            await asyncio.to_thread(round_trip, engine.layout)
+            await asyncio.to_thread(round_trip, engine.layout, self._context.clock, SystemIds())
             self._server.open(attachments, mover)
             tending = asyncio.create_task(_tend(attachments, report, post), name="attachments")
             stack.callback(tending.cancel)
@@ -93,7 +94,8 @@ class DecodeWorker:
             on_state=report.handoff_changed,
         )
         options = ReceiverOptions(host=self._config.host, port=self._config.zmq_port)
-        receiver = Receiver(self._identity.incarnation, memory, self._context.ledger, events, options=options)
+        context = self._context
+        receiver = Receiver(self._identity.incarnation, memory, context.ledger, events, context.clock, options).start()
         port = receiver.endpoint.rsplit(":", 1)[1]
         self._identity.zmq_endpoint = f"tcp://{self._config.reachable_host}:{port}"
         return receiver
@@ -110,7 +112,7 @@ class DecodeWorker:
         return streams
 
     def _open_sender(self, memory: RowMemory) -> Sender:
-        sender = Sender(self._identity.incarnation, memory, self._context.ledger)
+        sender = Sender(self._identity.incarnation, memory, self._context.ledger, self._context.clock).start()
         self._counters.append(sender.counters)
         return sender
 

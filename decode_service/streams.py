@@ -20,8 +20,8 @@ from isthmus.process.worker_context import WorkerContext
 from isthmus.types import FinishReason, Request, Token
 from kv_transfer.counters import Counters
 from kv_transfer.coverage import clipped
-from kv_transfer.events import ClaimedTransfer, FailedTransfer
 from kv_transfer.receiver import Receiver
+from kv_transfer.receiver_events import ClaimedTransfer, FailedTransfer
 from kv_transfer.transfers import Reservation
 
 MAX_STREAMS = 1024

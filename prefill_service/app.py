@@ -7,18 +7,19 @@ from functools import partial
 
 from isthmus.config import PrefillConfig
 from isthmus.engine.engine import Engine
+from isthmus.ids import SystemIds
 from isthmus.log import get_logger
 from isthmus.process.admin import ServiceHooks
 from isthmus.process.serving import Face, Stop, serve_until_signal
 from isthmus.process.worker_context import WorkerContext
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
 from isthmus.worker.engine_start import device_memory, engine_status, open_engine, transfer_memory
-from kv_transfer.courier import SenderOptions
 from kv_transfer.ownership.membership import Membership
 from kv_transfer.ownership.store import OpenStore, connected
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.selftest import round_trip
 from kv_transfer.sender import Sender
+from kv_transfer.sender_options import SenderOptions
 from prefill_service.server import PrefillServer
 from prefill_service.tile_budget import measure_tile_budget, step_limits
 from prefill_service.worker import PrefillLoop
@@ -58,13 +59,15 @@ class PrefillWorker:
             on_device = await asyncio.to_thread(device_memory, engine)
             memory = on_device or PoolMemory(engine.layout, transfer_memory(engine))
             options = SenderOptions(failpoints=self._context.failpoints)
-            sender = self._sender = Sender(self._identity.incarnation, memory, self._context.ledger, options=options)
+            ledger, clock = self._context.ledger, self._context.clock
+            sender = Sender(self._identity.incarnation, memory, ledger, clock, options=options).start()
+            self._sender = sender
             stack.callback(sender.close)
             tile_budget = self._config.tile_budget or await asyncio.to_thread(self._measure_tile_budget, engine)
             prefill_loop = self._prefill_loop = PrefillLoop(engine, sender, self._context, tile_budget, stop.request)
             prefill_loop.start()
             stack.push_async_callback(asyncio.to_thread, prefill_loop.stop)
-            await asyncio.to_thread(round_trip, engine.layout)
+            await asyncio.to_thread(round_trip, engine.layout, self._context.clock, SystemIds())
             self._server.open(prefill_loop, engine)
             member = Membership(self._config, self._context, self._status, self._open_store)
             await stack.enter_async_context(member.join(store, engine.layout, engine.pool.published))

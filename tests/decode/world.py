@@ -15,7 +15,7 @@ from decode_service.server import DecodeServer
 from decode_service.streams import Streams
 from decode_service.worker import StepLoop
 from isthmus.checkpoint.directory import Checkpoint
-from isthmus.clock import Clock
+from isthmus.clock import Clock, SystemClock
 from isthmus.convert import request_to_proto, target_from_proto, token_from_proto
 from isthmus.engine.engine import Engine
 from isthmus.engine.latent_cache import LatentCache
@@ -35,12 +35,12 @@ from isthmus.testing.manual_clock import ManualClock
 from isthmus.types import Request, SamplingParams, Token
 from isthmus.v1 import decode_pb2, types_pb2
 from isthmus.worker.engine_start import transfer_memory
-from kv_transfer.events import ReceiverOptions, TransferEvents
 from kv_transfer.outgoing import OutgoingTransfer, TransferOutcome
 from kv_transfer.ownership.memory import MemoryOwnership
 from kv_transfer.ownership.mirror import HandoffMirror
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver
+from kv_transfer.receiver_events import TransferEvents
 from kv_transfer.sender import Sender
 from tests.engine.engines import poison
 
@@ -74,9 +74,8 @@ class Prefill:
 
     def __init__(self) -> None:
         self.engine = engine("prefill")
-        self.sender = Sender(
-            SystemIds().incarnation(), PoolMemory(self.engine.layout, transfer_memory(self.engine)), Ledger()
-        )
+        memory = PoolMemory(self.engine.layout, transfer_memory(self.engine))
+        self.sender = Sender(SystemIds().incarnation(), memory, Ledger(), SystemClock()).start()
 
     def compute(self, request: Request) -> tuple[list[int], Token]:
         """The prompt's blocks and token 0."""
@@ -95,6 +94,11 @@ class Prefill:
         )
         self.engine.pool.release(table)  # nobody else uses this pool meanwhile
         return Filling(transfer, token, done, self.engine.layout.planes[0].num_layers, len(request.prompt_token_ids))
+
+    def num_acked(self, filling: "Filling") -> int:
+        """Frames of a transfer that goes on."""
+        state = self.sender._core._transfers.get(filling.transfer.number)
+        return 0 if state is None else state.outcome.frames
 
     async def fill(self, request: Request, reserved: decode_pb2.Reserved) -> TransferOutcome:
         filling = self.begin(request, reserved)
@@ -165,7 +169,7 @@ class Worker:
             on_state=self.report.handoff_changed,
         )
         ledger = self.context.ledger
-        self.receiver = Receiver(self.identity.incarnation, self.memory, ledger, events, ReceiverOptions(clock=clock))
+        self.receiver = Receiver(self.identity.incarnation, self.memory, ledger, events, clock).start()
         self.identity.zmq_endpoint = self.receiver.endpoint
         self.may_step = threading.Event()
         self.may_step.set()
@@ -222,7 +226,7 @@ class Worker:
         assert not self.crashes
 
     def _open_sender(self) -> Sender:
-        return Sender(self.identity.incarnation, self.memory, self.context.ledger)
+        return Sender(self.identity.incarnation, self.memory, self.context.ledger, SystemClock()).start()
 
     def _stepped(self, emissions: Any) -> None:
         assert self.may_step.wait(WAIT_S)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from isthmus.clock import SystemClock
 from isthmus.config import PrefillConfig
 from isthmus.engine.engine import Engine
 from isthmus.errors import IsthmusError
@@ -18,9 +19,9 @@ from isthmus.ledger import LedgerEvent
 from isthmus.process.worker_context import WorkerContext
 from isthmus.types import Extent, Request, SamplingParams, TransferTarget
 from isthmus.worker.engine_start import transfer_memory
-from kv_transfer.courier import SenderOptions
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.sender import Sender
+from kv_transfer.sender_options import SenderOptions
 from prefill_service.sequence import Event, Sequence
 from prefill_service.worker import PrefillLoop
 from tests.engine.engines import bundled_engine, prompt
@@ -81,7 +82,8 @@ class Prefill:
         self.context = replace(WorkerContext.create(PrefillConfig()), failpoints=failpoints)
         options = SenderOptions(ack_timeout_s=ack_timeout_s, failpoints=failpoints)
         memory = PoolMemory(self.engine.layout, transfer_memory(self.engine))
-        self.sender = Sender(self.context.identity.incarnation, memory, self.context.ledger, options=options)
+        ledger = self.context.ledger
+        self.sender = Sender(self.context.identity.incarnation, memory, ledger, SystemClock(), options=options).start()
         self.crashes: list[BaseException] = []
         self.loop = PrefillLoop(self.engine, self.sender, self.context, tile_budget, self.crashes.append)
 
