@@ -20,15 +20,16 @@ from collections.abc import Callable, Iterator
 
 from benchmarks.machine import describe, quantile
 from isthmus.checkpoint.directory import Checkpoint, resolve_model
+from isthmus.clock import SystemClock
 from isthmus.engine.engine import Engine
 from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
 from isthmus.steps import DecodeRow, PrefillChunk
 from isthmus.types import Extent, Token, TransferTarget
 from isthmus.worker.engine_start import transfer_memory
-from kv_transfer.events import ClaimedTransfer, FailedTransfer, TransferEvents
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver
+from kv_transfer.receiver_events import ClaimedTransfer, FailedTransfer, TransferEvents
 from kv_transfer.sender import Sender
 from kv_transfer.transfers import Reservation
 
@@ -58,7 +59,7 @@ class Feed:
         self._incarnation = SystemIds().incarnation()
         events = TransferEvents(on_ready=self._claimed, on_failed=self._failed)
         memory = PoolMemory(engine.layout, transfer_memory(engine))
-        self.receiver = Receiver(self._incarnation, memory, Ledger(), events)
+        self.receiver = Receiver(self._incarnation, memory, Ledger(), events, SystemClock()).start()
         self._child = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, "--send"], stdin=subprocess.PIPE, text=True
         )
@@ -113,7 +114,9 @@ def send() -> None:
     engine = open_engine()
     table = engine.pool.allocate(NUM_TOKENS // engine.layout.block_size)
     with contextlib.closing(
-        Sender(SystemIds().incarnation(), PoolMemory(engine.layout, transfer_memory(engine)), Ledger())
+        Sender(
+            SystemIds().incarnation(), PoolMemory(engine.layout, transfer_memory(engine)), Ledger(), SystemClock()
+        ).start()
     ) as sender:
         for line in sys.stdin:
             order = json.loads(line)

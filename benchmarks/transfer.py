@@ -22,15 +22,16 @@ import numpy as np
 import zmq
 
 from benchmarks.machine import describe
+from isthmus.clock import SystemClock
 from isthmus.ids import SystemIds
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
-from kv_transfer.events import ClaimedTransfer, TransferEvents
 from kv_transfer.frames import HEADER_BYTES
 from kv_transfer.outgoing import TransferOutcome
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver
+from kv_transfer.receiver_events import ClaimedTransfer, TransferEvents
 from kv_transfer.sender import Sender
 from kv_transfer.transfers import Reservation
 
@@ -97,7 +98,7 @@ def receive(load: Load) -> None:
     raw = context.socket(zmq.ROUTER)
     raw.bind("tcp://127.0.0.1:*")
     threading.Thread(target=receive_raw, args=(raw, load, load.pool(0)), daemon=True).start()
-    with closing(Receiver(incarnation, memory_of(load, pool), Ledger(), events)) as receiver:
+    with closing(Receiver(incarnation, memory_of(load, pool), Ledger(), events, SystemClock()).start()) as receiver:
         tell(endpoint=receiver.endpoint, incarnation=incarnation, raw=raw.getsockopt_string(zmq.LAST_ENDPOINT))
         for line in sys.stdin:
             transfer_id = json.loads(line)["transfer_id"]
@@ -124,7 +125,7 @@ def send(load: Load, places: dict[str, str]) -> None:
     raw.connect(places["raw"])
     source = [np.random.default_rng(layer).bytes(load.frame_bytes) for layer in range(load.num_layers)]
     pool = [np.frombuffer(rows, dtype=np.uint8) for rows in source]
-    with closing(Sender(SystemIds().incarnation(), memory_of(load, pool), Ledger())) as sender:
+    with closing(Sender(SystemIds().incarnation(), memory_of(load, pool), Ledger(), SystemClock()).start()) as sender:
         for line in sys.stdin:
             command = json.loads(line)
             begin = time.perf_counter()

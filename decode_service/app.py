@@ -27,12 +27,12 @@ from isthmus.steps import StepLimits
 from isthmus.v1 import admin_pb2, decode_pb2_grpc
 from isthmus.worker.app import WorkerApp, WorkerParts, running
 from kv_transfer.counters import Counters
-from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
 from kv_transfer.ownership.mirror_task import MirrorTask, mirroring
 from kv_transfer.ownership.store import OpenStore, OwnershipStore
 from kv_transfer.ownership.stored_handoffs import StoredHandoffs
 from kv_transfer.pool_memory import RowMemory
 from kv_transfer.receiver import Receiver
+from kv_transfer.receiver_events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
 from kv_transfer.sender import Sender
 from kv_transfer.worker_cluster import WorkerCluster
 
@@ -46,7 +46,7 @@ def decode_worker(
 ) -> WorkerApp[OwnershipStore, RowMemory]:
     context = WorkerContext.create(config, clock, ids)
     role = DecodeRole(config, context, clock, ids)
-    return WorkerApp(config, context, role, WorkerCluster(config, context, open_store))
+    return WorkerApp(config, context, role, WorkerCluster(config, context, open_store, ids))
 
 
 class DecodeRole:
@@ -124,13 +124,13 @@ class DecodeRole:
         identity = self._context.identity
         events = TransferEvents(on_ready, on_failed, on_state=report.handoff_changed)
         options = ReceiverOptions(host=self._config.host, port=self._config.zmq_port)
-        receiver = Receiver(identity.incarnation, memory, self._context.ledger, events, options=options)
+        receiver = Receiver(identity.incarnation, memory, self._context.ledger, events, self._clock, options).start()
         port = receiver.endpoint.rsplit(":", 1)[1]
         identity.zmq_endpoint = f"tcp://{self._config.reachable_host}:{port}"
         return receiver
 
     def _open_sender(self, memory: RowMemory) -> Sender:
-        sender = Sender(self._context.identity.incarnation, memory, self._context.ledger)
+        sender = Sender(self._context.identity.incarnation, memory, self._context.ledger, self._clock).start()
         self._counters.append(sender.counters)
         return sender
 

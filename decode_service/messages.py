@@ -12,7 +12,7 @@ from isthmus.kv.layout import KvLayout
 from isthmus.types import Token
 from isthmus.v1 import decode_pb2, types_pb2
 from kv_transfer.coverage import clipped
-from kv_transfer.events import FailedTransfer
+from kv_transfer.receiver_events import FailedTransfer
 
 
 def stream_tokens(stream: Stream, tokens: Sequence[Token]) -> decode_pb2.StreamTokens:

@@ -19,7 +19,7 @@ from isthmus.v1 import decode_pb2
 from isthmus.worker.engine_port import DecodeEngine
 from isthmus.worker.instruments import Instruments
 from kv_transfer.counters import Counters
-from kv_transfer.events import ClaimedTransfer, FailedTransfer
+from kv_transfer.receiver_events import ClaimedTransfer, FailedTransfer
 
 
 @dataclass(eq=False, slots=True)

@@ -1,45 +1,74 @@
-"""A link's socket for tests of the wire: frames are lost, repeated, held back or damaged where a failpoint says so."""
+"""A wire for tests: frames are lost, repeated, held back or damaged where a failpoint says so."""
 
 from collections import deque
-
-import zmq
+from typing import Protocol
 
 from isthmus.failpoints import Failpoints
-from kv_transfer.frames import FrameHeader
-from kv_transfer.sockets import Socket
+from kv_transfer.frames import Buffer, FrameHeader
 
 Parts = list[bytes]
 
 
-class HarmedWire:
-    """In the place of a DEALER socket: what `link.Link` calls, every message copied. Used by one thread."""
+class HarmableWire(Protocol):
+    """What is wrapped: `dealer_wire.DealerWire`."""
 
-    def __init__(self, socket: Socket, failpoints: Failpoints):
-        self._socket = socket
+    @property
+    def is_closed(self) -> bool: ...
+
+    def send(self, header: bytes, body: bytes) -> None: ...
+
+    def receive(self) -> Parts | None: ...
+
+    def loss(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class Copied:
+    """A body that is no longer read where it lay: it was copied."""
+
+    done = True
+
+
+class HarmedWire:
+    """In the place of the wire inside, every message copied. Used by the sender's thread only."""
+
+    def __init__(self, inside: HarmableWire, failpoints: Failpoints):
+        self._inside = inside
         self._failpoints = failpoints
-        self._header = b""  # sent ahead of its body
         self._held_out: deque[Parts] = deque()  # reordered; each waits for one more message
         self._held_in: deque[Parts] = deque()
         self._received: deque[Parts] = deque()
 
-    def send(
-        self, part: bytes | memoryview, flags: int, *, copy: bool = True, track: bool = False
-    ) -> zmq.MessageTracker:
-        if flags & zmq.SNDMORE:
-            self._header = bytes(part)
-        else:
-            self.send_multipart([self._header, bytes(part)], flags)
-        return zmq.MessageTracker()  # done: nothing of the caller's is read any more
+    @property
+    def is_closed(self) -> bool:
+        return self._inside.is_closed
 
-    def send_multipart(self, parts: Parts, flags: int) -> None:
-        for message in self._harmed(parts, self._held_out):
-            self._socket.send_multipart(message, flags)
+    def send(self, header: bytes, body: bytes) -> None:
+        """As `wire.Wire` says."""
+        for message in self._harmed([header, body], self._held_out):
+            self._inside.send(*message)
 
-    def recv_multipart(self, flags: int) -> Parts:
-        """Raises zmq.Again when nothing has come."""
+    def send_rows(self, header: bytes, body: Buffer) -> Copied:
+        """As `wire.Wire` says."""
+        self.send(header, bytes(body))
+        return Copied()
+
+    def receive(self) -> Parts | None:
+        """A message that has come; None: no more, or closed."""
         while not self._received:
-            self._received.extend(self._harmed(self._socket.recv_multipart(flags), self._held_in))
-        return self._received.popleft()
+            parts = self._inside.receive()
+            if parts is None:
+                return None
+            self._received.extend(self._harmed(parts, self._held_in))
+        return None if self.is_closed else self._received.popleft()
+
+    def loss(self) -> str:
+        return self._inside.loss()
+
+    def close(self) -> None:
+        """As `wire.Wire` says."""
+        self._inside.close()
 
     def _harmed(self, parts: Parts, held: deque[Parts]) -> list[Parts]:
         """What goes on in the place of a message, by the failpoint of its kind."""

@@ -1,18 +1,11 @@
-"""One transfer as the sending side sees it: a handle any thread may use, and the state the sender's thread keeps."""
+"""One transfer as its owner sees it: a handle that any thread may use, and the commands it gives to the sender."""
 
-import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from isthmus.errors import LayoutMismatch
 from isthmus.kv.layout import KvLayout
 from isthmus.types import Extent, Token, TransferTarget
-from kv_transfer.coverage import Coverage
-from kv_transfer.messages import MAX_COMMIT_BYTES, Commit
-
-if TYPE_CHECKING:
-    from kv_transfer.courier import Courier
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,91 +17,86 @@ class TransferOutcome:
     failure: str = ""  # empty when acked
     bytes: int = 0  # of acknowledged rows
     frames: int = 0  # acknowledged fill frames
-    last_ack_ns: int | None = None  # CLOCK_MONOTONIC
+    last_ack_ns: int | None = None  # Clock.now_ns()
 
 
 OnDone = Callable[[TransferOutcome], None]
-Command = Callable[["Courier"], None]  # run by the sender's thread
 
 
-@dataclass(eq=False, slots=True)
-class OutgoingTransfer:
-    """Public methods only hand a command to the sender's thread; they are cheap and any thread may call them."""
+@dataclass(frozen=True, slots=True)
+class OpenTransfer:
+    """A transfer begins; `on_done` follows exactly once. Only then may what `block_table` names be written again."""
 
+    number: int  # what the sender calls the transfer by
     target: TransferTarget
     block_table: tuple[int, ...]
-    on_done: OnDone
     request_id: str
-    state: "OutgoingState"
-    _post: Callable[[Command], None]
+    on_done: OnDone
+
+
+@dataclass(frozen=True, slots=True)
+class AddRows:
+    """These rows are final in the pool and may leave."""
+
+    number: int
+    rows: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class CommitTransfer:
+    """Every required row has been added."""
+
+    number: int
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AbortTransfer:
+    """The transfer ends, and its receiver is told."""
+
+    number: int
+    reason: str
+    finished: bool = False  # nothing failed: the request needs no decode
+
+
+Command = OpenTransfer | AddRows | CommitTransfer | AbortTransfer
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class OutgoingTransfer:
+    """A handle: its methods only hand a command to the sender. They are cheap, and any thread may call them."""
+
+    number: int
+    post: Callable[[Command], None]
 
     def rows_ready(self, plane: str, layer: int, first: int, n: int) -> None:
         """Positions [first, first + n) are final in the pool. Only what the target misses goes out, and only once."""
-        self._post(lambda courier: courier.add_rows(self, Extent(plane, layer, first, n)))
+        self.post(AddRows(self.number, Extent(plane, layer, first, n)))
 
     def commit(self, *tokens: Token) -> None:
-        """Every token so far, after the last rows_ready. on_done(acked=True) follows when the receiver has claimed."""
-        self._post(lambda courier: courier.commit(self, tokens))
+        """Every token so far, after the last required rows. on_done(acked=True) follows when the receiver has claimed.
+
+        Rows of advisory planes may still be added; they reach the receiver in vain once it has claimed.
+        """
+        self.post(CommitTransfer(self.number, tokens))
 
     def abort(self, reason: str, *, finished: bool = False) -> None:
         """Ends the transfer and tells the receiver to free; `finished`: the request needs no decode."""
-        self._post(lambda courier: courier.abort(self, reason, finished=finished))
+        self.post(AbortTransfer(self.number, reason, finished))
 
 
-class OutgoingState:
-    """What is queued, under way and acknowledged. Only the sender's thread writes it."""
+def check_target(target: TransferTarget, layout: KvLayout) -> None:
+    """Raises LayoutMismatch, or ValueError for a malformed target."""
+    if target.layout_fingerprint != layout.fingerprint:
+        raise LayoutMismatch(f"target layout {target.layout_fingerprint[:32]}, this worker {layout.fingerprint}")
+    if any(len(bytes.fromhex(name)) != 16 for name in (target.transfer_id, target.receiver_incarnation)):
+        raise ValueError("transfer id and receiver incarnation are 32 hex digits")
+    if unknown := {extent.plane for extent in target.missing} - {plane.name for plane in layout.planes}:
+        raise ValueError(f"the layout has no plane {sorted(unknown)}")
 
-    def __init__(self, missing: tuple[Extent, ...], layout: KvLayout):
-        self.coverage = Coverage(layout, missing)  # of rows handed in
-        self.pieces: deque[Extent] = deque()  # rows computed and not sent yet
-        self.commit: bytes | None = None  # encoded
-        self.commit_sent = False
-        self.num_in_flight = 0  # fill frames of required planes without an answer
-        self.num_borrowed = 0  # frames that ZeroMQ reads straight from the pool
-        self.has_ended = False
-        self.progress_at = 0.0  # Clock.now() of the last answer, or of the commit
-        self.closed = False  # on_done has been called, or is being called
-        self._missing = missing
-        self._layout = layout
-        self._has_sent = False
-        size = layout.block_size
-        blocks = {block for e in missing for block in range(e.first_token // size, -(-e.end // size))}
-        self.outcome = TransferOutcome(len(blocks))  # as far as it is known
 
-    @property
-    def has_work(self) -> bool:
-        """Something could be sent now, credit and memory permitting."""
-        return not self.has_ended and (bool(self.pieces) or (self.commit is not None and not self.commit_sent))
-
-    def add_rows(self, rows: Extent) -> None:
-        interval = (rows.first_token, rows.end)
-        for first, end in self.coverage.gaps(rows.place, interval):
-            self.pieces.append(Extent(*rows.place, first, end - first))
-        self.coverage.cover(rows.place, interval)
-
-    def add_commit(self, tokens: tuple[Token, ...]) -> str:
-        """Why the commit could not be honoured; empty if it can: it is sent after the rows.
-
-        It rests on rows of required planes only: a receiver that has other advisory planes agrees with it.
-        """
-        if not self.coverage.is_complete:
-            return "committed before its rows"
-        self.commit = Commit(tokens, self._layout.required(self._missing)).encode(self._layout)
-        return "" if len(self.commit) <= MAX_COMMIT_BYTES else "too many tokens for a commit"
-
-    def note_sent(self, plane: str) -> bool:
-        """A fill frame leaves; True for the first."""
-        self.num_in_flight += not self._layout.plane(plane).advisory
-        is_first, self._has_sent = not self._has_sent, True
-        return is_first
-
-    def note_acked(self, plane: str, num_bytes: int) -> None:
-        self.num_in_flight -= not self._layout.plane(plane).advisory
-        num_bytes, num_frames = self.outcome.bytes + num_bytes, self.outcome.frames + 1
-        self.outcome = replace(self.outcome, bytes=num_bytes, frames=num_frames, last_ack_ns=time.monotonic_ns())
-
-    def end(self, failure: str) -> None:
-        """`failure` is empty for success."""
-        self.has_ended = True
-        self.outcome = replace(self.outcome, acked=not failure, failure=failure)
-        self.pieces.clear()
+def blocks_of(missing: Sequence[Extent], block_size: int) -> set[int]:
+    """Places in the block table that these rows lie in."""
+    return {
+        block for extent in missing for block in range(extent.first_token // block_size, -(-extent.end // block_size))
+    }

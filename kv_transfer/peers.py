@@ -8,9 +8,9 @@ from kv_transfer.messages import MAX_ACKS, Acks
 
 @dataclass(slots=True)
 class Peer:
-    """One ZeroMQ connection, from its first credit request on; a sender incarnation speaks for itself only.
+    """One connection, from its first credit request on; a sender incarnation speaks for itself only.
 
-    What it has and what it is owed make its window together.
+    What it has and what it is owed make its window together. Written by `replies.Replies` only, through its methods.
     """
 
     incarnation: bytes

@@ -1,61 +1,88 @@
 """What a receiver answers: acks with credit, and refusals, each on the link its frame came from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import zmq
 
 from kv_transfer.counters import Counters
 from kv_transfer.frames import NO_TRANSFER, BadFrame, FrameHeader, FrameKind, FrameName, Refusal, seal
 from kv_transfer.messages import Abort, encode_credit
 from kv_transfer.peers import Peer
-from kv_transfer.sockets import Socket
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One message to a link."""
+
+    link: bytes
+    header: bytes  # sealed
+    body: bytes
 
 
 @dataclass(eq=False, slots=True)
 class Replies:
-    """Never blocks: an answer to a link that is gone or does not read is dropped and counted. One thread.
+    """At most `max_peers` links, each with `window_bytes` of credit: what an honest sender can make a receiver hold.
 
-    At most `max_peers` links, each with `window_bytes` of credit: what an honest sender can make a receiver hold.
-    Acks are gathered and sent by `flush`, at the end of a burst of messages or when a quarter of the window is owed.
+    Written by `receiver_core.ReceiverCore` only. Acks are gathered and leave with `flush`, at the end of a burst of
+    messages, or when a quarter of the window is owed. `post` sends a message; one that could not be sent is told by
+    `not_sent`, before the next call of `admit` or `resolve`.
     """
 
-    socket: Socket
+    post: Callable[[Reply], None]
     incarnation: bytes  # this receiver's
     fingerprint: bytes  # of its layout
     counters: Counters
     window_bytes: int
     max_peers: int
-    _peers: dict[bytes, Peer] = field(default_factory=dict[bytes, Peer], init=False)  # by routing id
-    _waiting: set[bytes] = field(default_factory=set[bytes], init=False)  # links with something to be told
+    _peers: dict[bytes, Peer] = field(default_factory=dict[bytes, Peer], init=False)  # by link
+    # Links with something to be told, in order; a dict for want of an ordered set.
+    _waiting: dict[bytes, None] = field(default_factory=dict[bytes, None], init=False)
+    _asking: tuple[bytes, FrameHeader] | None = field(default=None, init=False)  # no room, unless another link is gone
 
     def admit(self, link: bytes, header: FrameHeader) -> None:
-        """Grants the window to a link that asks, nothing when it asks again. Raises BadFrame when there is no room."""
+        """Grants the window to a link that asks, nothing when it asks again.
+
+        When all places are taken every link is sent a grant of nothing, which shows those whose connection is gone;
+        `resolve` then has the answer.
+        """
         if link in self._peers:
             self._grant(link, header.sender, 0)
+        elif len(self._peers) < self.max_peers:
+            self._peers[link] = Peer(header.sender, self.window_bytes)
+            self._grant(link, header.sender, self.window_bytes)
+        else:
+            for other in self._peers:
+                self._grant(other, self.incarnation, 0)
+            self._asking = (link, header)
+
+    def resolve(self) -> None:
+        """Admits the link that had to wait if there is room by now, and refuses it otherwise."""
+        if self._asking is None:
             return
-        if len(self._peers) >= self.max_peers:
-            self._forget_unreachable()
-            if len(self._peers) >= self.max_peers:
-                raise BadFrame(Refusal.TOO_MANY_PEERS)
-        self._peers[link] = Peer(header.sender, self.window_bytes)
-        self._grant(link, header.sender, self.window_bytes)
+        link, header = self._asking
+        self._asking = None
+        if len(self._peers) < self.max_peers:
+            self.admit(link, header)
+        else:
+            self.refuse(link, header, Refusal.TOO_MANY_PEERS)
 
     def spend(self, link: bytes, sender: bytes, num_bytes: int) -> None:
         """Raises BadFrame for a link that has no credit for what it sent, or speaks for another incarnation."""
         peer = self._peers.get(link)
         if peer is None or not peer.spend(num_bytes):
             raise BadFrame(Refusal.NO_CREDIT)
-        self._waiting.add(link)
+        self._waiting[link] = None
         if peer.incarnation != sender:
             raise BadFrame(Refusal.WRONG_SENDER)
 
     def ack(self, link: bytes, name: FrameName) -> None:
         """The frame is accepted; its sender is told by the next flush."""
-        if (peer := self._peers.get(link)) is not None:
-            peer.accepted.append(name)
-            self._waiting.add(link)
-            if peer.is_answer_due:
-                self._flush_link(link)
+        peer = self._peers.get(link)
+        if peer is None:
+            return
+        peer.accepted.append(name)
+        self._waiting[link] = None
+        if peer.is_answer_due:
+            self._flush_link(link)
 
     def refuse(self, link: bytes, header: FrameHeader, refusal: Refusal) -> None:
         self.counters.add(f"refused.{refusal.value}")
@@ -69,8 +96,16 @@ class Replies:
             self._abort(link, peer.incarnation, name, Abort(cause))
 
     def flush(self) -> None:
-        while self._waiting:
-            self._flush_link(self._waiting.pop())
+        """Every link is told what it has not been told yet."""
+        for link in self._waiting:
+            self._flush_link(link)
+        self._waiting.clear()
+
+    def not_sent(self, link: bytes, *, is_lost: bool) -> None:
+        """A message was dropped: the link does not read, or its connection is gone."""
+        self.counters.add("dropped.lost_link" if is_lost else "dropped.slow_link")
+        if is_lost:
+            self._peers.pop(link, None)
 
     def _flush_link(self, link: bytes) -> None:
         if (peer := self._peers.get(link)) is not None and (answer := peer.take_answer()) is not None:
@@ -85,18 +120,17 @@ class Replies:
         self._send(link, FrameKind.CREDIT, incarnation, FrameName(0, NO_TRANSFER, 0), encode_credit(num_bytes))
 
     def _send(self, link: bytes, kind: FrameKind, receiver: bytes, name: FrameName, body: bytes) -> None:
-        _, transfer, attempt, *place = name
-        ends = (self.fingerprint, self.incarnation, receiver)
-        header = FrameHeader(kind, *ends, transfer, attempt, *place, body_bytes=len(body))
-        try:
-            self.socket.send_multipart([link, seal(header, body), body], zmq.NOBLOCK)
-        except zmq.Again:
-            self.counters.add("dropped.slow_link")
-        except zmq.ZMQError:  # ROUTER_MANDATORY: the connection is gone
-            self.counters.add("dropped.lost_link")
-            self._peers.pop(link, None)
-
-    def _forget_unreachable(self) -> None:
-        """A grant of nothing, sent to every link, drops those whose connection is gone."""
-        for link in list(self._peers):
-            self._grant(link, self.incarnation, 0)
+        header = FrameHeader(
+            kind,
+            self.fingerprint,
+            self.incarnation,
+            receiver,
+            transfer=name.transfer,
+            attempt=name.attempt,
+            plane=name.plane,
+            layer=name.layer,
+            first_token=name.first_token,
+            num_tokens=name.num_tokens,
+            body_bytes=len(body),
+        )
+        self.post(Reply(link, seal(header, body), body))

@@ -1,27 +1,25 @@
 """The receiving side of transfers as a pure state machine: what may be written, what is missing, what came too late.
 
-It never touches memory or sockets and is not thread-safe: `receiver.Receiver` owns it and calls it under its lock.
-A frame passes `check` before its checksum is computed, and `filled` after its rows were written: only verified frames
-change state.
+It never touches memory or sockets and is not thread-safe: `receiver_core.ReceiverCore` owns it, and is called under its
+driver's lock. A frame passes `check` before its checksum is computed, and `filled` after its rows were written: only
+verified frames change state.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from math import inf
 
 from isthmus.errors import Overloaded, StaleOwner
 from isthmus.kv.layout import KvLayout
 from isthmus.types import Extent, Place
 from kv_transfer.coverage import Coverage, Interval, clipped, normalised
-from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, Refusal
+from kv_transfer.frames import BadFrame, FrameHeader, Refusal
 from kv_transfer.messages import Commit
 from kv_transfer.ownership.handoff import HandoffState, is_allowed
 
-if TYPE_CHECKING:
-    from isthmus.clock import Clock
-
 TOMBSTONE_S = 5.0  # beyond the fill deadline
+
 UNRESERVED_FILL_S = 60.0  # fill time assumed for an id that is cancelled before it is reserved
 
 
@@ -32,7 +30,7 @@ class Reservation:
     request_id: str
     block_table: tuple[int, ...]  # of the whole prompt, cached prefix included
     missing: tuple[Extent, ...]  # what must come; nothing else may be written
-    deadline: float  # Clock.now() at which the fill has failed
+    deadline: float  # the moment at which the fill has failed
     open_from: int | None = None  # a stream moves: rows from here on must come only as far as its tokens reach
 
     def wanted(self, extents: tuple[Extent, ...], num_tokens: int) -> tuple[Extent, ...] | None:
@@ -44,7 +42,7 @@ class Reservation:
 
 @dataclass(slots=True)
 class IncomingTransfer:
-    """One reservation and what has come of it; owned by IncomingTransfers."""
+    """One reservation and what has come of it. Written by IncomingTransfers only."""
 
     reservation: Reservation
     attempt: int
@@ -88,22 +86,25 @@ class Accept:
     """
 
     transfer: IncomingTransfer
-    place: Place = ("", 0)  # of a FILL
-    gaps: tuple[Interval, ...] = ()
+    place: Place
+    gaps: tuple[Interval, ...]
 
 
 @dataclass(eq=False, slots=True)
 class IncomingTransfers:
-    """Live transfers and tombstones, both bounded. `on_change` hears every state change, in order."""
+    """Live transfers and tombstones, both bounded. `on_change` hears every state change, in order.
+
+    Written by `receiver_core.ReceiverCore` only.
+    """
 
     layout: KvLayout
-    clock: "Clock"
     on_change: Callable[[StateChange], None]
     max_transfers: int = 1024
     max_tombstones: int = 8192
     _transfers: dict[str, IncomingTransfer] = field(default_factory=dict[str, IncomingTransfer], init=False)
-    # transfer id -> Clock.now() at which it is forgotten
+    # transfer id -> the moment at which it is forgotten
     _tombstones: OrderedDict[str, float] = field(default_factory=OrderedDict[str, float], init=False)
+    _next_due: float = field(default=inf, init=False)  # nothing expires before
 
     def __len__(self) -> int:
         return len(self._transfers)
@@ -125,12 +126,13 @@ class IncomingTransfers:
         coverage = Coverage(self.layout, reservation.missing)
         transfer = IncomingTransfer(reservation, reservation.attempt, coverage, coverage.missing())
         self._transfers[transfer_id] = transfer
+        self._next_due = min(self._next_due, reservation.deadline)
         self.on_change(StateChange(transfer, None))
 
-    def check(self, header: FrameHeader) -> Accept:
-        """Everything about a FILL, COMMIT or ABORT frame that can be known before its checksum. Changes nothing.
+    def check(self, header: FrameHeader) -> IncomingTransfer:
+        """What a FILL, COMMIT or ABORT frame is about, if its sender may speak of that now. Changes nothing.
 
-        Raises BadFrame, as `filled` and `committed` do.
+        Raises BadFrame, as `check_fill`, `filled` and `committed` do.
         """
         transfer = self._transfers.get(header.transfer_id)
         if transfer is None:
@@ -141,87 +143,11 @@ class IncomingTransfers:
             raise BadFrame(Refusal.LATE)
         if transfer.sender is not None and header.sender != transfer.sender:
             raise BadFrame(Refusal.WRONG_SENDER)
-        if header.kind is not FrameKind.FILL:
-            return Accept(transfer)
-        return self._check_range(transfer, header)
-
-    def filled(self, header: FrameHeader) -> Accept:
-        """The frame's gaps were written. The transfer may have been cancelled since `check`: then nothing changes."""
-        accept = self.check(header)
-        if not accept.gaps:
-            return accept
-        transfer = accept.transfer
-        row_bytes = self.layout.plane(accept.place[0]).row_bytes
-        self._begin_filling(transfer, header)
-        transfer.num_bytes += sum(end - first for first, end in accept.gaps) * row_bytes
-        transfer.coverage.cover(accept.place, (header.first_token, header.end_token))
-        self._claim_if_complete(transfer)
-        return accept
-
-    def committed(self, header: FrameHeader, commit: Commit) -> None:
-        """The commit came; it waits for the rows. A second one changes nothing."""
-        transfer = self.check(header).transfer
-        expected = self.layout.required(transfer.expected)
-        if normalised(self.layout, commit.extents) != transfer.reservation.wanted(expected, len(commit.tokens)):
-            raise BadFrame(Refusal.WRONG_EXTENTS)
-        if transfer.commit is None:
-            self._begin_filling(transfer, header)
-            transfer.commit = commit
-            self._claim_if_complete(transfer)
-
-    def abort(self, transfer_id: str, cause: str) -> IncomingTransfer | None:
-        """Ends an unclaimed transfer. An id never seen gets a tombstone; a claimed one is left alone."""
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None:
-            self._bury(transfer_id, self.clock.now() + UNRESERVED_FILL_S)
-        elif transfer.state is not HandoffState.CLAIMED:
-            self._end(transfer, HandoffState.ABORTED, cause)
-            return transfer
-        return None
-
-    def abandon(self, transfer_id: str) -> IncomingTransfer | None:
-        """The sender gave up: nothing comes any more and what came stays, for `rearm`. None if it is not filling."""
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is HandoffState.CLAIMED:
-            return None
-        transfer.is_abandoned = True
         return transfer
 
-    def release(self, transfer_id: str) -> IncomingTransfer | None:
-        """The claimed transfer's request ended and its blocks go back. None if it is not claimed."""
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is not HandoffState.CLAIMED:
-            return None
-        self._end(transfer, HandoffState.RELEASED, "")
-        return transfer
-
-    def rearm(self, transfer_id: str, attempt: int, deadline: float) -> tuple[Extent, ...]:
-        """Fences the writers so far; returns what a new one must bring. Raises StaleOwner if nothing may fill it."""
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is HandoffState.CLAIMED:
-            raise StaleOwner(f"transfer {transfer_id} is not being filled")
-        if attempt <= transfer.attempt:
-            raise StaleOwner(f"attempt {attempt} is not above {transfer.attempt}")
-        previous = transfer.state
-        transfer.reservation = replace(transfer.reservation, deadline=deadline)
-        transfer.attempt, transfer.sender, transfer.commit, transfer.is_abandoned = attempt, None, None, False
-        transfer.expected = transfer.coverage.missing()
-        self.on_change(StateChange(transfer, previous, "rearmed"))
-        return transfer.expected
-
-    def expire(self) -> list[IncomingTransfer]:
-        """Aborts what missed its fill deadline and returns it; forgets old tombstones."""
-        now = self.clock.now()
-        failed = [
-            t for t in self._transfers.values() if t.state is not HandoffState.CLAIMED and t.reservation.deadline <= now
-        ]
-        for transfer in failed:
-            self._end(transfer, HandoffState.ABORTED, "fill_deadline")
-        for transfer_id in [buried for buried, until in self._tombstones.items() if until <= now]:
-            del self._tombstones[transfer_id]
-        return failed
-
-    def _check_range(self, transfer: IncomingTransfer, header: FrameHeader) -> Accept:
+    def check_fill(self, header: FrameHeader) -> Accept:
+        """Everything about a FILL frame that can be known before its checksum. Changes nothing."""
+        transfer = self.check(header)
         interval = (header.first_token, header.end_token)
         try:
             place = (self.layout.name_of(header.plane), header.layer)
@@ -234,8 +160,100 @@ class IncomingTransfers:
         if not has_our_size and not plane.advisory:
             raise BadFrame(Refusal.BAD_BODY)
         if not has_our_size or transfer.state is HandoffState.CLAIMED:
-            return Accept(transfer, place)
+            return Accept(transfer, place, ())
         return Accept(transfer, place, tuple(transfer.coverage.gaps(place, interval)))
+
+    def filled(self, header: FrameHeader) -> Accept:
+        """The frame's gaps were written.
+
+        The transfer may have been cancelled since `check_fill`: then this raises BadFrame, and nothing changes.
+        """
+        accept = self.check_fill(header)
+        if not accept.gaps:
+            return accept
+        transfer = accept.transfer
+        row_bytes = self.layout.plane(accept.place[0]).row_bytes
+        self._begin_filling(transfer, header)
+        transfer.num_bytes += sum(end - first for first, end in accept.gaps) * row_bytes
+        transfer.coverage.cover(accept.place, (header.first_token, header.end_token))
+        self._claim_if_complete(transfer)
+        return accept
+
+    def committed(self, header: FrameHeader, commit: Commit) -> None:
+        """The commit came; it waits for the rows. A second one changes nothing."""
+        transfer = self.check(header)
+        expected = self.layout.required(transfer.expected)
+        if normalised(self.layout, commit.extents) != transfer.reservation.wanted(expected, len(commit.tokens)):
+            raise BadFrame(Refusal.WRONG_EXTENTS)
+        if transfer.commit is None:
+            self._begin_filling(transfer, header)
+            transfer.commit = commit
+            self._claim_if_complete(transfer)
+
+    def abort(self, transfer_id: str, cause: str, now: float) -> IncomingTransfer | None:
+        """Ends an unclaimed transfer. An id never seen gets a tombstone; a claimed one is left alone."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            self._bury(transfer_id, now + UNRESERVED_FILL_S)
+        elif transfer.state is not HandoffState.CLAIMED:
+            self._end(transfer, HandoffState.ABORTED, cause, now)
+            return transfer
+        return None
+
+    def abandon(self, transfer_id: str) -> IncomingTransfer | None:
+        """The sender gave up: nothing comes any more and what came stays, for `rearm`. None if it is not filling."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is HandoffState.CLAIMED:
+            return None
+        transfer.is_abandoned = True
+        return transfer
+
+    def release(self, transfer_id: str, now: float) -> IncomingTransfer | None:
+        """The claimed transfer's request ended and its blocks go back. None if it is not claimed."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is not HandoffState.CLAIMED:
+            return None
+        self._end(transfer, HandoffState.RELEASED, "", now)
+        return transfer
+
+    def rearm(self, transfer_id: str, attempt: int, deadline: float) -> tuple[Extent, ...]:
+        """Raises the transfer's attempt number: frames with a lower one are refused from now on.
+
+        Returns what the new attempt must bring. Raises StaleOwner if nothing may fill it.
+        """
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is HandoffState.CLAIMED:
+            raise StaleOwner(f"transfer {transfer_id} is not being filled")
+        if attempt <= transfer.attempt:
+            raise StaleOwner(f"attempt {attempt} is not above {transfer.attempt}")
+        previous = transfer.state
+        transfer.reservation = replace(transfer.reservation, deadline=deadline)
+        transfer.attempt = attempt
+        transfer.sender = None
+        transfer.commit = None
+        transfer.is_abandoned = False
+        self._next_due = min(self._next_due, deadline)
+        transfer.expected = transfer.coverage.missing()
+        self.on_change(StateChange(transfer, previous, "rearmed"))
+        return transfer.expected
+
+    def expire(self, now: float) -> list[IncomingTransfer]:
+        """Aborts what missed its fill deadline and returns it; forgets old tombstones."""
+        if now < self._next_due:
+            return []
+        failed = [transfer for transfer in self._filling() if transfer.reservation.deadline <= now]
+        for transfer in failed:
+            self._end(transfer, HandoffState.ABORTED, "fill_deadline", now)
+        for transfer_id in [buried for buried, until in self._tombstones.items() if until <= now]:
+            del self._tombstones[transfer_id]
+        deadlines = [transfer.reservation.deadline for transfer in self._filling()]
+        self._next_due = min([*deadlines, *self._tombstones.values()], default=inf)
+        return failed
+
+    @property
+    def next_due(self) -> float | None:
+        """When `expire` is worth calling; None: not before something else has happened."""
+        return None if self._next_due == inf else self._next_due
 
     def _check_extents(self, reservation: Reservation) -> None:
         capacity = len(reservation.block_table) * self.layout.block_size
@@ -255,9 +273,13 @@ class IncomingTransfers:
         if transfer.commit is not None and transfer.is_covered:
             self._move(transfer, HandoffState.CLAIMED, "")
 
-    def _end(self, transfer: IncomingTransfer, state: HandoffState, cause: str) -> None:
+    def _filling(self) -> list[IncomingTransfer]:
+        """Those that have a deadline yet to keep."""
+        return [transfer for transfer in self._transfers.values() if transfer.state is not HandoffState.CLAIMED]
+
+    def _end(self, transfer: IncomingTransfer, state: HandoffState, cause: str, now: float) -> None:
         del self._transfers[transfer.transfer_id]
-        self._bury(transfer.transfer_id, max(transfer.reservation.deadline, self.clock.now()))
+        self._bury(transfer.transfer_id, max(transfer.reservation.deadline, now))
         self._move(transfer, state, cause)
 
     def _move(self, transfer: IncomingTransfer, state: HandoffState, cause: str) -> None:
@@ -269,5 +291,6 @@ class IncomingTransfers:
     def _bury(self, transfer_id: str, deadline: float) -> None:
         """Late frames of the id are known as such until TOMBSTONE_S after the deadline; at the bound the oldest go."""
         self._tombstones.setdefault(transfer_id, deadline + TOMBSTONE_S)
+        self._next_due = min(self._next_due, deadline + TOMBSTONE_S)
         while len(self._tombstones) > self.max_tombstones:
             self._tombstones.popitem(last=False)

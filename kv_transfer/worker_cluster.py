@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from isthmus.config import WorkerConfig
+from isthmus.ids import Ids
 from isthmus.kv.layout import KvLayout
 from isthmus.process.worker_context import WorkerContext
 from isthmus.types import Place
@@ -40,6 +41,7 @@ class WorkerCluster:
     config: WorkerConfig
     context: WorkerContext
     open_store: OpenStore
+    ids: Ids
 
     def connected(self) -> AbstractAsyncContextManager[OwnershipStore]:
         return connected(self.open_store, self.config, self.context.clock)
@@ -48,7 +50,7 @@ class WorkerCluster:
         return PoolMemory(layout, rows)
 
     def self_test(self, layout: KvLayout) -> None:
-        round_trip(layout)
+        round_trip(layout, self.context.clock, self.ids)
 
     def joined(self, store: OwnershipStore, member: JoiningWorker) -> AbstractAsyncContextManager[None]:
         membership = Membership(

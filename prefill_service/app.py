@@ -15,10 +15,10 @@ from isthmus.process.worker_context import WorkerContext
 from isthmus.steps import StepLimits
 from isthmus.v1 import admin_pb2, prefill_pb2_grpc
 from isthmus.worker.app import WorkerApp, WorkerParts, running
-from kv_transfer.courier import SenderOptions
 from kv_transfer.ownership.store import OpenStore, OwnershipStore
 from kv_transfer.pool_memory import RowMemory
 from kv_transfer.sender import Sender
+from kv_transfer.sender_options import SenderOptions
 from kv_transfer.worker_cluster import WorkerCluster
 from prefill_service.ports import LoopPorts
 from prefill_service.prefill_loop import PrefillLoop
@@ -33,7 +33,7 @@ def prefill_worker(
     config: PrefillConfig, open_store: OpenStore, *, clock: LoopClock, ids: Ids
 ) -> WorkerApp[OwnershipStore, RowMemory]:
     context = WorkerContext.create(config, clock, ids)
-    return WorkerApp(config, context, PrefillRole(config, context), WorkerCluster(config, context, open_store))
+    return WorkerApp(config, context, PrefillRole(config, context), WorkerCluster(config, context, open_store, ids))
 
 
 class PrefillRole:
@@ -90,7 +90,8 @@ class PrefillRole:
 
     def _open_sender(self, memory: RowMemory) -> Sender:
         options = SenderOptions(failpoints=self._context.failpoints)
-        return Sender(self._context.identity.incarnation, memory, self._context.ledger, options=options)
+        context = self._context
+        return Sender(context.identity.incarnation, memory, context.ledger, context.clock, options=options).start()
 
     def _measure_tile_budget(self, engine: Engine) -> int:
         tile_budget = measure_tile_budget(engine, self._context.clock.now)

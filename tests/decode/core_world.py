@@ -25,8 +25,8 @@ from isthmus.text.finish import finish_reason
 from isthmus.types import Extent, Request, SamplingParams, Token, TransferTarget
 from isthmus.v1 import decode_pb2, types_pb2
 from isthmus.worker.instruments import Instruments
-from kv_transfer.events import ClaimedTransfer, FailedTransfer
 from kv_transfer.outgoing import TransferOutcome
+from kv_transfer.receiver_events import ClaimedTransfer, FailedTransfer
 from kv_transfer.transfers import Reservation
 
 FILL_TIMEOUT_S = 10.0

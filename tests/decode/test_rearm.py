@@ -10,7 +10,7 @@ async def half_filled(here: World, router: Router, asked: Request) -> tuple[deco
     reserved = await router.reserve(asked)
     filling = here.prefill.begin(asked, reserved)
     filling.rows([0, 2])
-    await until(lambda: filling.transfer.state.outcome.frames == 2, "rows of two layers are acknowledged")
+    await until(lambda: here.prefill.num_acked(filling) == 2, "rows of two layers are acknowledged")
     return reserved, filling
 
 

@@ -7,7 +7,7 @@ import pytest
 from decode_service.core import TOMBSTONE_SLACK_S
 from isthmus.types import Token
 from isthmus.v1 import decode_pb2, types_pb2
-from kv_transfer.events import ClaimedTransfer
+from kv_transfer.receiver_events import ClaimedTransfer
 from tests.decode.core_world import FILL_TIMEOUT_S, RETAIN, CoreWorld, begin_move, expected, request
 
 ERROR = types_pb2.FINISH_REASON_ERROR

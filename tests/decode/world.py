@@ -42,12 +42,12 @@ from isthmus.v1 import decode_pb2, types_pb2
 from isthmus.worker.engine_start import transfer_memory
 from isthmus.worker.instruments import Instruments
 from isthmus.worker.step_thread import StepThread
-from kv_transfer.events import ReceiverOptions, TransferEvents
 from kv_transfer.outgoing import OutgoingTransfer, TransferOutcome
 from kv_transfer.ownership.memory import MemoryOwnership
 from kv_transfer.ownership.mirror_task import MirrorTask
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver
+from kv_transfer.receiver_events import ReceiverOptions, TransferEvents
 from kv_transfer.sender import Sender
 from tests.engine.engines import poison
 
@@ -82,8 +82,11 @@ class Prefill:
     def __init__(self) -> None:
         self.engine = engine("prefill")
         self.sender = Sender(
-            SystemIds().incarnation(), PoolMemory(self.engine.layout, transfer_memory(self.engine)), Ledger()
-        )
+            SystemIds().incarnation(),
+            PoolMemory(self.engine.layout, transfer_memory(self.engine)),
+            Ledger(),
+            SystemClock(),
+        ).start()
 
     def compute(self, request: Request) -> tuple[list[int], Token]:
         """The prompt's blocks and token 0."""
@@ -173,7 +176,9 @@ class Worker:
             on_state=self.report.handoff_changed,
         )
         ledger = self.context.ledger
-        self.receiver = Receiver(self.identity.incarnation, self.memory, ledger, events, ReceiverOptions(clock=clock))
+        self.receiver = Receiver(
+            self.identity.incarnation, self.memory, ledger, events, clock, ReceiverOptions()
+        ).start()
         self.identity.zmq_endpoint = self.receiver.endpoint
         self.may_step = threading.Event()
         self.may_step.set()
@@ -244,7 +249,7 @@ class Worker:
         assert not self.crashes
 
     def _open_sender(self) -> Sender:
-        return Sender(self.identity.incarnation, self.memory, self.context.ledger)
+        return Sender(self.identity.incarnation, self.memory, self.context.ledger, self.clock).start()
 
 
 class _Gated(Failpoints):

@@ -11,13 +11,21 @@ import pytest
 import zmq
 
 from isthmus.ids import SystemIds
-from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token
-from kv_transfer.events import ClaimedTransfer, ReceiverOptions
 from kv_transfer.frames import HEADER_BYTES, MAX_BODY_BYTES, FrameHeader, FrameKind, seal
 from kv_transfer.messages import Abort, Acks, Commit, decode_credit, encode_credit
-from kv_transfer.sender import Sender
-from tests.kv_transfer.world import LAYOUT, POISON, DecodeSide, Pool, PrefillSide, assert_moved, extents, wait_until
+from kv_transfer.receiver_events import ClaimedTransfer, ReceiverOptions
+from tests.kv_transfer.world import (
+    LAYOUT,
+    POISON,
+    DecodeSide,
+    Pool,
+    PrefillSide,
+    assert_moved,
+    extents,
+    started_sender,
+    wait_until,
+)
 
 ROW_BYTES = LAYOUT.planes[0].row_bytes
 
@@ -95,7 +103,7 @@ def intruder(decode: DecodeSide) -> Iterator[Intruder]:
 def others_never_notice(decode: DecodeSide) -> Iterator[None]:
     """A transfer opened before the attack and finished after it arrives whole."""
     pool, missing = Pool(seed=8), extents(0, 40)
-    with closing(Sender(SystemIds().incarnation(), pool.memory, Ledger())) as sender:
+    with closing(started_sender(pool.memory)) as sender:
         sending = PrefillSide(sender, pool).send(decode.reserve([20, 21, 22], missing), [3, 9, 4])
         sending.transfer.rows_ready("latent", 0, 0, 40)
         yield

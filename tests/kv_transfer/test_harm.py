@@ -7,13 +7,20 @@ from contextlib import closing
 import pytest
 
 from isthmus.failpoints import Failpoints
-from isthmus.ids import SystemIds
-from isthmus.ledger import Ledger
 from isthmus.types import Extent
-from kv_transfer.courier import SenderOptions
-from kv_transfer.events import ClaimedTransfer, FailedTransfer
+from kv_transfer.receiver_events import ClaimedTransfer, FailedTransfer
 from kv_transfer.sender import Sender
-from tests.kv_transfer.world import DecodeSide, PrefillSide, Sending, assert_moved, extents, shuffled, wait_until
+from kv_transfer.sender_options import SenderOptions
+from tests.kv_transfer.world import (
+    DecodeSide,
+    PrefillSide,
+    Sending,
+    assert_moved,
+    extents,
+    shuffled,
+    started_sender,
+    wait_until,
+)
 from tests.kv_transfer.world import Pool as PoolOf
 
 NUM_TOKENS = 150
@@ -29,7 +36,7 @@ def decode() -> Iterator[DecodeSide]:
 
 def sender(spec: str) -> Sender:
     options = SenderOptions(max_frame_bytes=500, ack_timeout_s=0.3, failpoints=Failpoints.parse(spec))
-    return Sender(SystemIds().incarnation(), POOL.memory, Ledger(), options=options)
+    return started_sender(POOL.memory, options=options)
 
 
 def send(sender: Sender, decode: DecodeSide) -> Sending:
@@ -92,7 +99,7 @@ def test_another_sender_brings_only_what_a_lost_frame_left_missing(decode: Decod
         assert not outcome.acked
     missing = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
     assert missing == (Extent("latent", 0, 36, 12),)
-    with closing(Sender(SystemIds().incarnation(), POOL.memory, Ledger())) as second:
+    with closing(started_sender(POOL.memory)) as second:
         retry = PrefillSide(second, POOL).send(decode.target(target.transfer_id, 2, missing), OURS)
         assert retry.all_rows(NUM_TOKENS).commit().outcome().frames == 1
     assert_moved(POOL, OURS, decode.pool, THEIRS, MISSING)

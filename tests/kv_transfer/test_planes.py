@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 
 from isthmus import convert
+from isthmus.clock import SystemClock
 from isthmus.ids import SystemIds
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
-from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token
 from isthmus.v1 import prefill_pb2, types_pb2
 from kv_transfer.coverage import Coverage, extents
-from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions
 from kv_transfer.frames import FrameHeader, FrameKind
 from kv_transfer.messages import Commit
+from kv_transfer.receiver_events import ClaimedTransfer, FailedTransfer, ReceiverOptions
 from kv_transfer.selftest import round_trip
-from kv_transfer.sender import Sender
 from tests.kv_transfer.test_bad_frames import Intruder
-from tests.kv_transfer.world import LAYOUT, POISON, DecodeSide, Pool, PrefillSide, Sending, assert_moved
+from tests.kv_transfer.world import LAYOUT, POISON, DecodeSide, Pool, PrefillSide, Sending, assert_moved, started_sender
 
 DRAFT = Plane("draft", PlaneKind.APPEND_ONLY, 2, 5, "fp32", advisory=True)
 DRAFTING = replace(LAYOUT, planes=(LAYOUT.planes[0], DRAFT, LAYOUT.planes[1]))
@@ -103,7 +102,7 @@ def test_a_status_shows_the_planes_and_the_shared_fingerprint() -> None:
 
 
 def test_the_self_test_moves_advisory_rows_too() -> None:
-    round_trip(DRAFTING)
+    round_trip(DRAFTING, SystemClock(), SystemIds())
 
 
 @contextmanager
@@ -111,7 +110,7 @@ def pair(sending: KvLayout, receiving: KvLayout) -> Iterator[tuple[PrefillSide, 
     pool = Pool(seed=5, layout=sending, num_blocks=8)
     with (
         DecodeSide(ReceiverOptions(credit_bytes=400), Pool(POISON, layout=receiving, num_blocks=8)) as decode,
-        closing(Sender(SystemIds().incarnation(), pool.memory, Ledger())) as sender,
+        closing(started_sender(pool.memory)) as sender,
     ):
         yield PrefillSide(sender, pool), decode
 

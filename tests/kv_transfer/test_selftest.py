@@ -2,7 +2,9 @@
 
 import pytest
 
+from isthmus.clock import SystemClock
 from isthmus.errors import TransferIncomplete
+from isthmus.ids import SystemIds
 from isthmus.types import Place
 from kv_transfer import selftest
 from kv_transfer.pool_memory import PoolMemory
@@ -17,17 +19,17 @@ def test_a_round_trip_moves_two_blocks_of_everything(monkeypatch: pytest.MonkeyP
         write_rows(memory, place, table, interval, body)
 
     monkeypatch.setattr(PoolMemory, "write_rows", noted)
-    selftest.round_trip(LAYOUT)
+    selftest.round_trip(LAYOUT, SystemClock(), SystemIds())
     assert sum(written) == 2 * LAYOUT.block_bytes
 
 
 def test_wrong_bytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PoolMemory, "write_rows", lambda *_: None)
     with pytest.raises(TransferIncomplete, match="other bytes"):
-        selftest.round_trip(LAYOUT)
+        selftest.round_trip(LAYOUT, SystemClock(), SystemIds())
 
 
 def test_a_transfer_that_does_not_end_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_transfer.outgoing.OutgoingTransfer.commit", lambda *_: None)
     with pytest.raises(TransferIncomplete, match="nothing came"):
-        selftest.round_trip(LAYOUT, timeout_s=0.3)
+        selftest.round_trip(LAYOUT, SystemClock(), SystemIds(), timeout_s=0.3)

@@ -12,11 +12,9 @@ import pytest
 
 from isthmus.errors import CannotStart, LayoutMismatch, Overloaded, StaleOwner
 from isthmus.ids import SystemIds
-from isthmus.ledger import Ledger
 from isthmus.types import Extent, Token, TransferTarget
-from kv_transfer.courier import SenderOptions
-from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions
-from kv_transfer.sender import Sender
+from kv_transfer.receiver_events import ClaimedTransfer, FailedTransfer, ReceiverOptions
+from kv_transfer.sender_options import SenderOptions
 from tests.kv_transfer.conftest import free_port, open_descriptors
 from tests.kv_transfer.world import (
     PLACES,
@@ -26,6 +24,7 @@ from tests.kv_transfer.world import (
     assert_moved,
     extents,
     shuffled,
+    started_sender,
     wait_until,
 )
 from tests.kv_transfer.world import Pool as PoolOf
@@ -43,7 +42,7 @@ def decode() -> Iterator[DecodeSide]:
 @pytest.fixture(params=[SenderOptions(), SMALL_FRAMES], ids=["whole", "small_frames"])
 def prefill(request: pytest.FixtureRequest) -> Iterator[PrefillSide]:
     pool = PoolOf(seed=3)
-    with closing(Sender(SystemIds().incarnation(), pool.memory, Ledger(), options=request.param)) as sender:
+    with closing(started_sender(pool.memory, options=request.param)) as sender:
         yield PrefillSide(sender, pool)
 
 
@@ -94,7 +93,9 @@ def test_an_abort_by_the_sender_leaves_the_rows_to_the_next_attempt(prefill: Pre
     target = decode.reserve(theirs, missing)
     first = prefill.send(target, ours)
     first.transfer.rows_ready("latent", 0, 0, NUM_TOKENS)
-    state = first.transfer.state
+    transfers = prefill.sender._core._transfers
+    wait_until(lambda: first.transfer.number in transfers)
+    state = transfers[first.transfer.number]
     wait_until(lambda: state.outcome.frames and not state.pieces and not state.num_in_flight)
     first.transfer.abort("cancelled")
     failed = decode.next()
@@ -149,7 +150,7 @@ def test_credit_far_below_the_transfer_only_slows_it() -> None:
     pool, ours, theirs, missing = PoolOf(seed=4), shuffled(5, 30), shuffled(6, 30), extents(0, 480)
     with (
         DecodeSide(ReceiverOptions(credit_bytes=400)) as decode,
-        closing(Sender(SystemIds().incarnation(), pool.memory, Ledger())) as sender,
+        closing(started_sender(pool.memory)) as sender,
     ):
         outcome = PrefillSide(sender, pool).send(decode.reserve(theirs, missing), ours).all_rows(480).commit().outcome()
         assert outcome.acked
@@ -161,7 +162,7 @@ def test_credit_far_below_the_transfer_only_slows_it() -> None:
 def test_staging_far_below_the_transfer_only_slows_it(decode: DecodeSide) -> None:
     pool, ours, theirs, missing = PoolOf(seed=4), shuffled(5, 30), shuffled(6, 30), extents(0, 480)
     options = SenderOptions(staging_bytes=8192, max_frame_bytes=2000)
-    with closing(Sender(SystemIds().incarnation(), pool.memory, Ledger(), options=options)) as sender:
+    with closing(started_sender(pool.memory, options=options)) as sender:
         assert (
             PrefillSide(sender, pool).send(decode.reserve(theirs, missing), ours).all_rows(480).commit().outcome().acked
         )
@@ -191,7 +192,7 @@ def test_a_cancel_at_prefill_frees_decode_and_tells_nobody_twice(prefill: Prefil
     failed = decode.next()
     assert isinstance(failed, FailedTransfer)
     assert (failed.reason, failed.finished) == ("cancelled", False)
-    assert sending.transfer.state.has_ended
+    assert sending.transfer.number not in prefill.sender._core._transfers
 
 
 def test_a_request_finished_at_token_0_is_no_failure(prefill: PrefillSide, decode: DecodeSide) -> None:
@@ -243,7 +244,7 @@ def test_a_rearmed_transfer_is_filled_by_another_and_the_first_is_fenced(
     rest = decode.receiver.rearm(target.transfer_id, 2, time.monotonic() + 10)
     zombie.all_rows(NUM_TOKENS).commit()
     assert "old_attempt" in zombie.outcome().failure
-    with closing(Sender(SystemIds().incarnation(), prefill.pool.memory, Ledger())) as other:
+    with closing(started_sender(prefill.pool.memory)) as other:
         again = PrefillSide(other, prefill.pool).send(decode.target(target.transfer_id, 2, rest), ours)
         outcome = again.all_rows(NUM_TOKENS).commit().outcome()
     assert outcome.acked
@@ -296,7 +297,7 @@ def test_a_receiver_that_never_answers_is_given_up() -> None:
         pool = PoolOf()
         options = SenderOptions(ack_timeout_s=0.3)
         silent.receiver._receive = lambda parts: None  # type: ignore[method-assign]
-        with closing(Sender(SystemIds().incarnation(), pool.memory, Ledger(), options=options)) as sender:
+        with closing(started_sender(pool.memory, options=options)) as sender:
             sending = PrefillSide(sender, pool).send(silent.reserve([0], extents(0, 16)), [0]).all_rows(16).commit()
             assert sending.outcome(3).failure == "no answer"
 
@@ -310,9 +311,7 @@ def test_a_commit_before_its_rows_fails_at_once(prefill: PrefillSide, decode: De
 
 def test_what_cannot_be_opened_is_refused_to_the_caller(decode: DecodeSide) -> None:
     pool = PoolOf()
-    with closing(
-        Sender(SystemIds().incarnation(), pool.memory, Ledger(), options=SenderOptions(max_transfers=1))
-    ) as sender:
+    with closing(started_sender(pool.memory, options=SenderOptions(max_transfers=1))) as sender:
         side = PrefillSide(sender, pool)
         good = decode.reserve([0], extents(0, 16))
         with pytest.raises(LayoutMismatch):
@@ -359,7 +358,7 @@ def test_a_faulty_handler_does_not_end_the_others(decode: DecodeSide, prefill: P
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
     def one_transfer() -> None:
         pool = PoolOf()
-        with DecodeSide() as decode, closing(Sender(SystemIds().incarnation(), pool.memory, Ledger())) as sender:
+        with DecodeSide() as decode, closing(started_sender(pool.memory)) as sender:
             side = PrefillSide(sender, pool)
             assert side.send(decode.reserve([0, 2], extents(0, 32)), [0, 2]).all_rows(32).commit().outcome().acked
             side.send(decode.reserve([1], extents(0, 16)), [1]).all_rows(16)  # still open when both close
@@ -375,7 +374,7 @@ def test_closing_leaves_no_thread_and_no_descriptor() -> None:
 
 def test_closing_the_sender_reports_every_open_transfer(decode: DecodeSide) -> None:
     pool = PoolOf()
-    sender = Sender(SystemIds().incarnation(), pool.memory, Ledger())
+    sender = started_sender(pool.memory)
     sendings = [PrefillSide(sender, pool).send(decode.reserve([0], extents(0, 16)), [0]) for _ in range(5)]
     sender.close()
     assert [sending.outcome().failure for sending in sendings] == ["sender_closed"] * 5

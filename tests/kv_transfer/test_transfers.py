@@ -28,7 +28,7 @@ class Machine:
         self.clock = SettableClock()
         self.changes: list[tuple[HandoffState | None, HandoffState]] = []
         self.written: dict[tuple[str, int, int], int] = {}
-        self.transfers = IncomingTransfers(LAYOUT, self.clock, on_change=self._note, **limits)
+        self.transfers = IncomingTransfers(LAYOUT, on_change=self._note, **limits)
 
     def _note(self, change: StateChange) -> None:
         self.changes.append((change.previous, change.transfer.state))
@@ -40,7 +40,7 @@ class Machine:
 
     def fill(self, header: FrameHeader) -> Accept:
         """As the receiver does: check, write the gaps, note it."""
-        accept = self.transfers.check(header)
+        accept = self.transfers.check_fill(header)
         for first, end in accept.gaps:
             for position in range(first, end):
                 self.written[*accept.place, position] = header.attempt
@@ -123,9 +123,9 @@ def test_memory_is_written_exactly_where_it_is_covered_whatever_the_network_does
             mail.extend([*fresh, frame(transfer_id, FrameKind.COMMIT, attempt=attempt, sender=P2)])
             rng.shuffle(mail)
         if rng.random() < 0.005:
-            machine.transfers.abort(transfer_id, "cancelled")
+            machine.transfers.abort(transfer_id, "cancelled", machine.clock.now())
     machine.clock.time += 11
-    failed = machine.transfers.expire()
+    failed = machine.transfers.expire(machine.clock.now())
     check_invariant(machine, transfer_id, missing, seed)
     live = machine.transfers.find(transfer_id)
     assert live is None or live.state is HandoffState.CLAIMED
@@ -251,9 +251,9 @@ def test_what_a_sender_left_and_nobody_took_up_ends_at_the_deadline() -> None:
     machine = Machine()
     transfer_id = machine.reserve(extents(0, 32), fill_s=10)
     machine.transfers.abandon(transfer_id)
-    assert machine.transfers.expire() == []
+    assert machine.transfers.expire(machine.clock.now()) == []
     machine.clock.time += 10
-    assert [failed.transfer_id for failed in machine.transfers.expire()] == [transfer_id]
+    assert [failed.transfer_id for failed in machine.transfers.expire(machine.clock.now())] == [transfer_id]
 
 
 def test_a_fully_cached_prompt_needs_only_the_commit() -> None:
@@ -317,23 +317,23 @@ def test_rearming_keeps_what_came_and_fences_the_first_writer() -> None:
 def test_a_cancelled_transfer_refuses_what_comes_late_until_its_tombstone_falls() -> None:
     machine, missing = Machine(), extents(0, 32)
     transfer_id = machine.reserve(missing, fill_s=10)
-    machine.transfers.abort(transfer_id, "cancelled")
+    machine.transfers.abort(transfer_id, "cancelled", machine.clock.now())
     late = frame(transfer_id, FrameKind.FILL, missing[0])
     with refused(Refusal.LATE):
         machine.fill(late)
     machine.clock.time += 10 + TOMBSTONE_S - 0.1
-    machine.transfers.expire()
+    machine.transfers.expire(machine.clock.now())
     with refused(Refusal.LATE):
         machine.fill(late)
     machine.clock.time += 0.2
-    machine.transfers.expire()
+    machine.transfers.expire(machine.clock.now())
     with refused(Refusal.UNKNOWN_TRANSFER):
         machine.fill(late)
 
 
 def test_a_cancel_before_the_reserve_refuses_the_reserve() -> None:
     machine, transfer_id = Machine(), SystemIds().transfer_id()
-    machine.transfers.abort(transfer_id, "cancelled")
+    machine.transfers.abort(transfer_id, "cancelled", machine.clock.now())
     with pytest.raises(StaleOwner):
         machine.transfers.reserve(Reservation(transfer_id, 1, "r", (0,), (), machine.clock.now() + 1))
 
@@ -343,10 +343,10 @@ def test_a_claimed_transfer_neither_expires_nor_aborts_and_is_released_once() ->
     transfer_id = machine.reserve(())
     machine.commit(transfer_id, ())
     machine.clock.time += 1000
-    assert machine.transfers.expire() == []
-    assert machine.transfers.abort(transfer_id, "late") is None
-    assert machine.transfers.release(transfer_id) is not None
-    assert machine.transfers.release(transfer_id) is None
+    assert machine.transfers.expire(machine.clock.now()) == []
+    assert machine.transfers.abort(transfer_id, "late", machine.clock.now()) is None
+    assert machine.transfers.release(transfer_id, machine.clock.now()) is not None
+    assert machine.transfers.release(transfer_id, machine.clock.now()) is None
     with refused(Refusal.LATE):
         machine.commit(transfer_id, ())
 
@@ -356,7 +356,7 @@ def test_expiry_names_what_is_missing() -> None:
     transfer_id = machine.reserve(missing, fill_s=1)
     machine.fill(frame(transfer_id, FrameKind.FILL, Extent("latent", 0, 8, 8)))
     machine.clock.time += 1
-    (failed,) = machine.transfers.expire()
+    (failed,) = machine.transfers.expire(machine.clock.now())
     assert failed.coverage.missing()[:2] == (Extent("latent", 0, 0, 8), Extent("latent", 0, 16, 16))
     assert failed.state is HandoffState.ABORTED
 
@@ -368,7 +368,7 @@ def test_transfers_and_tombstones_are_bounded() -> None:
         with pytest.raises(Overloaded):
             machine.reserve(extents(0, 16))
         for transfer_id in live:
-            machine.transfers.abort(transfer_id, "cancelled")
+            machine.transfers.abort(transfer_id, "cancelled", machine.clock.now())
     assert len(machine.transfers) == 0
     assert len(machine.transfers._tombstones) == 5
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.clock import SystemClock
 from isthmus.ids import SystemIds
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.ledger import Ledger
 from isthmus.types import Extent, Place, Token, TransferTarget
-from kv_transfer.events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
 from kv_transfer.outgoing import OutgoingTransfer, TransferOutcome
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.receiver import Receiver
+from kv_transfer.receiver_events import ClaimedTransfer, FailedTransfer, ReceiverOptions, TransferEvents
 from kv_transfer.sender import Sender
+from kv_transfer.sender_options import SenderOptions
 from kv_transfer.transfers import Reservation
 
 POISON = 0xAB
@@ -84,7 +86,8 @@ class DecodeSide:
     def __enter__(self) -> "DecodeSide":
         self.ledger = Ledger()
         events = TransferEvents(on_ready=self.news.put, on_failed=self.news.put)
-        self.receiver = Receiver(self.incarnation, self.pool.memory, self.ledger, events, options=self.options)
+        receiver = Receiver(self.incarnation, self.pool.memory, self.ledger, events, SystemClock(), self.options)
+        self.receiver = receiver.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,6 +110,10 @@ class DecodeSide:
 
     def quiet(self) -> bool:
         return self.news.empty()
+
+
+def started_sender(memory: PoolMemory, options: SenderOptions | None = None) -> Sender:
+    return Sender(SystemIds().incarnation(), memory, Ledger(), SystemClock(), options=options).start()
 
 
 @dataclass

@@ -22,9 +22,9 @@ from isthmus.types import Extent, Request, SamplingParams, TransferTarget
 from isthmus.worker.engine_start import transfer_memory
 from isthmus.worker.instruments import Instruments
 from isthmus.worker.step_thread import StepThread
-from kv_transfer.courier import SenderOptions
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.sender import Sender
+from kv_transfer.sender_options import SenderOptions
 from prefill_service.ports import LoopPorts
 from prefill_service.prefill_loop import PrefillLoop
 from prefill_service.prompt import Event, Prompt
@@ -88,7 +88,9 @@ class Prefill:
         self.context = replace(WorkerContext.create(PrefillConfig(), SystemClock(), SystemIds()), failpoints=failpoints)
         options = SenderOptions(ack_timeout_s=ack_timeout_s, failpoints=failpoints)
         memory = PoolMemory(self.engine.layout, transfer_memory(self.engine))
-        self.sender = Sender(self.context.identity.incarnation, memory, self.context.ledger, options=options)
+        self.sender = Sender(
+            self.context.identity.incarnation, memory, self.context.ledger, self.context.clock, options=options
+        ).start()
         self.crashes: list[BaseException] = []
         clock = self.context.clock
         instruments = Instruments(self.context.ledger, failpoints, self.context.progress)

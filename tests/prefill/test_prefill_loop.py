@@ -8,7 +8,7 @@ import pytest
 from isthmus.engine.engine import Engine
 from isthmus.errors import IsthmusError, RequestCancelled
 from isthmus.failpoints import Failpoints
-from kv_transfer.events import ClaimedTransfer
+from kv_transfer.receiver_events import ClaimedTransfer
 from tests.kv_transfer.world import DecodeSide, wait_until
 from tests.prefill.conftest import AtLayer, Submitted, decoding, landed, prefilling, prompt, reserve
 

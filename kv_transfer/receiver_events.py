@@ -1,9 +1,8 @@
 """What a receiver tells the decode service, and how it is set up."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from isthmus.clock import Clock, SystemClock
 from isthmus.types import Extent, Token
 from kv_transfer.transfers import IncomingTransfer, StateChange
 
@@ -53,7 +52,6 @@ class ReceiverOptions:
     credit_bytes: int = 16 * 2**20  # per sender
     max_peers: int = 256
     max_transfers: int = 1024
-    clock: Clock = field(default_factory=SystemClock)
 
 
 DEFAULT_OPTIONS = ReceiverOptions()
