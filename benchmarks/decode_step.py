@@ -71,7 +71,8 @@ def rows_of(cell: Cell, runner: TritonRunner) -> list[DecodeRow]:
 @contextmanager
 def recorded_routes(num_rows: int) -> Iterator[list[Tensor]]:
     """Expert ids of the real rows of every sparse layer that runs inside."""
-    route, seen = triton_layers.route, []
+    route = triton_layers.route
+    seen = []
 
     def recording(*arguments: Any) -> Any:
         weights, ids = route(*arguments)
@@ -105,18 +106,21 @@ def seconds_served(runner: TritonRunner, rows: list[DecodeRow], timer: Timer) ->
 
 def inexact_step(runner: TritonRunner, cell: Cell, timer: Timer) -> Call:
     """The staged step, attention split by the batch; tiles of rows come from the table."""
-    config, bucket = runner.model.config, runner.buffers.bucket_of(cell.batch)
+    config = runner.model.config
+    bucket = runner.buffers.bucket_of(cell.batch)
     programs = 4 if timer.is_dry else torch.cuda.get_device_properties(timer.device).multi_processor_count
     plan = plan_for(config.num_heads, cell.batch, cell.context, programs)
     shape = (bucket, config.num_heads, config.kv_lora_rank, config.context_length)
     scratch = DecodeScratch.allocate(*shape, timer.device, plan=plan)
-    model, caches = TritonModel(runner.model), runner.cache.layers[LATENT]
+    model = TritonModel(runner.model)
+    caches = runner.cache.layers[LATENT]
     return lambda _: model.decode(replace(runner.buffers.inputs(bucket), scratch=scratch), caches)
 
 
 def measure(runner: TritonRunner, cell: Cell, ceilings: Ceilings, timer: Timer) -> tuple[list[str], float]:
     """A row of the table, and the seconds of a step's graph."""
-    rows, bucket = rows_of(cell, runner), runner.buffers.bucket_of(cell.batch)
+    rows = rows_of(cell, runner)
+    bucket = runner.buffers.bucket_of(cell.batch)
     runner.buffers.stage(rows, bucket)
     hit = experts_read(runner, bucket, cell.batch)
     calls = timer.graphs({"exact": lambda _: runner.graphs.run_eagerly(bucket)}, 1)
@@ -126,7 +130,8 @@ def measure(runner: TritonRunner, cell: Cell, ceilings: Ceilings, timer: Timer) 
     exact, inexact = (times[name].median if name in times else float("nan") for name in ("exact", "inexact"))
     served = seconds_served(runner, rows, timer)
     sizes = Sizes(runner.model.config)
-    weights, cached = sizes.decode_weight_bytes(hit), sizes.cache_bytes(cell.batch * cell.context)
+    weights = sizes.decode_weight_bytes(hit)
+    cached = sizes.cache_bytes(cell.batch * cell.context)
     floor = (weights + cached) / ceilings.read_bytes_per_s
     goal = GOALS.get((cell.batch, cell.context))
     figures = [f"{cell.batch}", f"{cell.context}", f"{hit / max(1, sizes.num_sparse):.1f}", f"{weights / 1e9:.2f}"]
@@ -146,7 +151,8 @@ def transformers_seconds(config: Any, cell: Cell, timer: Timer) -> float:
     """Of one token of the whole batch."""
     from transformers import AutoModelForCausalLM
 
-    device, tokens = timer.device, 2 if timer.is_dry else 16
+    device = timer.device
+    tokens = 2 if timer.is_dry else 16
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     ids = torch.randint(config.vocab_size, (cell.batch, cell.context), device=device)
@@ -200,9 +206,11 @@ def main() -> int:
     cells = [Cell(batch, context) for batch in (1, 32, 128) for context in (1024, 4096)]
     config = published_config(MODEL, context_length=8192)
     if timer.is_dry:
-        cells, config = [Cell(3, 80)], dry_config()
+        cells = [Cell(3, 80)]
+        config = dry_config()
     runner = open_runner(config, cells, timer.device)
-    rows, seconds = [], {}
+    rows = []
+    seconds = {}
     for cell in cells:
         if not timer.has_time:
             timer.remarks.append(f"{cell}: no time left")

@@ -30,7 +30,9 @@ from isthmus.steps import DecodeRow, PrefillChunk
 from isthmus.testing.stack import Client, Result, Stack, ledger, request, running_stack
 from tools.checkpoints import Recipe, write_checkpoint
 
-FIRST_ID, NUM_IDS = 300, 1500  # token ids that every checkpoint here has
+# Token ids that every checkpoint here has.
+FIRST_ID = 300
+NUM_IDS = 1500
 STREAMS = 8  # that run while long prompts arrive
 CHUNK = 512  # tokens of a long prompt between two decode steps of one engine
 

@@ -98,7 +98,8 @@ class Timer:
         marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
         for repetition in range(self.repetitions + 1):  # the first warms up
             for name in list(runs) if repetition % 2 else list(reversed(runs)):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin = torch.cuda.Event(enable_timing=True)
+                end = torch.cuda.Event(enable_timing=True)
                 begin.record()
                 runs[name]()
                 end.record()
@@ -149,7 +150,9 @@ class Ceilings(NamedTuple):
 
     @property
     def line(self) -> str:
-        read, copy, matmul = self.read_bytes_per_s / 1e9, self.copy_bytes_per_s / 1e9, self.matmul_flops / 1e12
+        read = self.read_bytes_per_s / 1e9
+        copy = self.copy_bytes_per_s / 1e9
+        matmul = self.matmul_flops / 1e12
         return f"Ceilings, this run: read {read:,.0f} GB/s, copy {copy:,.0f} GB/s, bf16 matmul {matmul:,.0f} TFLOP/s."
 
 
@@ -194,10 +197,19 @@ class Report:
         print(*lines, sep="\n", flush=True)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-        lined = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)]
-        lined.insert(1, ["-" * (width - 1) + ":" for width in widths])
-        self.say("", *([note, ""] if note else []), *(f"| {' | '.join(row)} |" for row in lined))
+        """A Markdown table, after an empty line and the note; every column is as wide as its widest cell."""
+        lines = [header, *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = [
+            [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]  # figures end together
+            for line in lines
+        ]
+        rule = ["-" * (width - 1) + ":" for width in widths]
+        aligned.insert(1, rule)
+        self.say("")
+        if note:
+            self.say(note, "")
+        self.say(*(f"| {' | '.join(line)} |" for line in aligned))
 
     def finish(self, timer: Timer) -> int:
         """Writes the file; the exit status is 1 when something failed."""

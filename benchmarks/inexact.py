@@ -19,7 +19,8 @@ Entry = Mapping[str, Any]
 @contextmanager
 def changed(change: Callable[[str, str, dict[str, int]], Mapping[str, int]]) -> Iterator[None]:
     """Inside, every entry has the constants that `change(kernel, variant, constants)` gives."""
-    original, known = table.table, table.table()
+    original = table.table
+    known = table.table()
 
     def altered(kernel: str, variants: Mapping[str, Entry]) -> dict[str, Entry]:
         return {

@@ -15,7 +15,8 @@ def describe() -> str:
         platform.processor(),
     )
     versions = " ".join(_versions("torch", "grpcio", "pyzmq", "redis"))
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
     return f"{cores} cores of {model}, load {load:.1f}, Python {platform.python_version()}, {versions}"
 
 

@@ -71,7 +71,8 @@ def main() -> int:
     report.say("", ceilings.line)
     config = published_config(MODEL, context_length=max(args.prompts))
     if timer.is_dry:
-        args.prompts, config = [40], dry_config()
+        args.prompts = [40]
+        config = dry_config()
     runner = TritonRunner(*open_model_cache(config, 2 * -(-max(args.prompts) // BLOCK), timer.device), max_rows=1)
     rows = []
     for tokens in args.prompts:

@@ -25,7 +25,8 @@ class RandomWeights(Weights):
     """Answers the loader's questions by drawing numbers."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+        self.dtype = dtype
+        self.device = device
         self.shapes = model_shapes(config)
         self.entries = dict.fromkeys(self.shapes)
 
@@ -47,7 +48,8 @@ class RandomWeights(Weights):
 
     def _matrices(self, matrices: Sequence[Sequence[Part]]) -> Tensor:
         shapes = [self.shapes[f"{part.name}.weight"] for part in matrices[0]]
-        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+        rows = sum(shape[0] for shape in shapes)
+        columns = shapes[0][1]
         out = torch.empty(len(matrices), rows, columns, dtype=self.dtype, device=self.device)
         return out.normal_(std=columns**-0.5)
 

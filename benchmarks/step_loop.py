@@ -160,7 +160,9 @@ def time_steps(step: Callable[[], None], count: int) -> list[float]:
 
 def compare(step: Callable[[], None], feed: Feed, mib_per_s: float, *, steps: int, rounds: int) -> str:
     """One row: p50 and p99 idle and busy, and the median ratio of the rounds' p99."""
-    idle, busy, claimed = [], [], feed.num_claimed
+    idle = []
+    busy = []
+    claimed = feed.num_claimed
     began = time.monotonic()
     for _ in range(rounds):
         idle.append(time_steps(step, steps))

@@ -205,7 +205,8 @@ def measure(load: Load, num_pairs: int) -> list[tuple[float, float]]:
 
 
 def report(load: Load, pairs: list[tuple[float, float]]) -> None:
-    frame_mib, transfer_mb = load.frame_bytes / 2**20, load.num_bytes / 1e6
+    frame_mib = load.frame_bytes / 2**20
+    transfer_mb = load.num_bytes / 1e6
     print(f"\nframes of {frame_mib:.2f} MiB, {transfer_mb:.0f} MB a transfer, sender's blocks {load.blocks}")
     print("  ours GB/s  raw GB/s  ratio")
     for ours, raw in pairs:

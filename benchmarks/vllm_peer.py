@@ -19,7 +19,9 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # the library prints
     import vllm
 
-    folder, dtype, context = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    folder = sys.argv[1]
+    dtype = sys.argv[2]
+    context = int(sys.argv[3])
     engine = vllm.LLM(
         folder, dtype=dtype, max_model_len=context, max_num_seqs=16, enforce_eager=True, disable_log_stats=True
     )

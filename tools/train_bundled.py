@@ -31,7 +31,8 @@ WARM_START = (
     "warm start from an earlier checkpoint of the same recipe (same architecture, tokenizer, sources and held-out "
     "items; 13.1 million tokens)"
 )
-HELD_OUT_ROWS, HELD_OUT_LENGTH = 16, 1025
+HELD_OUT_ROWS = 16
+HELD_OUT_LENGTH = 1025
 
 
 def main() -> None:
@@ -45,9 +46,11 @@ def train(arguments: argparse.Namespace, corpus: Corpus) -> None:
     """Train from a checkpoint, from random weights (`--init none`), or go on with an interrupted run."""
     torch.manual_seed(arguments.seed)
     if arguments.init is None:
-        tokenizer, network = train_tokenizer(tokenizer_texts(corpus, arguments.seed)), Network()
+        tokenizer = train_tokenizer(tokenizer_texts(corpus, arguments.seed))
+        network = Network()
     else:
-        tokenizer, network = load_tokenizer(arguments.init), read_network(arguments.init)
+        tokenizer = load_tokenizer(arguments.init)
+        network = read_network(arguments.init)
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(arguments.out / "tokenizer.json"))
     rows = Rows(tokenizer, corpus, arguments.seed)

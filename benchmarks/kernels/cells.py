@@ -10,7 +10,9 @@ from torch import Tensor
 
 from kernels.latents.definition import dequantise_latents, fp8_row_bytes, quantise_latents
 
-LATENT, ROPE, BLOCK = 512, 64, 64
+LATENT = 512
+ROPE = 64
+BLOCK = 64
 ROW = LATENT + ROPE
 FP8_ROW_BYTES = fp8_row_bytes(LATENT, ROPE)
 SCALE = 192**-0.5  # 1 / sqrt(nope + rope)
@@ -122,7 +124,8 @@ class Inputs(NamedTuple):
 def make_inputs(cell: Cell, cache: Cache, rotations: int) -> Inputs:
     """Blocks are shuffled over the whole cache, and no two rotations share one."""
     memory = cache.of(cell)
-    device, N = memory.device, cell.batch * cell.q_len
+    device = memory.device
+    N = cell.batch * cell.q_len
     order = torch.randperm(memory.shape[0], device=device)[: rotations * cell.batch * cell.blocks_per_row]
     tables = order.int().view(rotations, cell.batch, cell.blocks_per_row)
     lengths = torch.tensor(cell.lengths, dtype=torch.int32, device=device)

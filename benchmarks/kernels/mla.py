@@ -17,7 +17,9 @@ from benchmarks.kernels.peers import Peers
 from kernels.attention_decode.attend import paged_mla_decode
 from kernels.attention_decode.schedule import DecodeScratch, Plan, plan_of, schedule_decode
 
-HEADS, BATCHES, CONTEXTS = (16, 128), (1, 8, 32, 128, 256), tuple(n << 10 for n in (1, 4, 16, 64, 128))
+HEADS = (16, 128)
+BATCHES = (1, 8, 32, 128, 256)
+CONTEXTS = tuple(n << 10 for n in (1, 4, 16, 64, 128))
 FP8_MOST_BLOCKS = 32 * (128 << 10) // BLOCK
 MEMORY_SHARE = 0.6  # of what is free, for the cache
 MOST_COSINE = 1e-4  # error of a result: rounding to bf16 gives 2e-6
@@ -61,12 +63,15 @@ class Outcome(NamedTuple):
 
 def our_calls(cell: Cell, inputs: Inputs, plan: Plan | None = None) -> dict[str, Call]:
     """Whole: schedule, attention and combination, as a step with one layer; kernels: without the schedule."""
-    N, device = inputs.positions_N.shape[0], inputs.cache.device
+    N = inputs.positions_N.shape[0]
+    device = inputs.cache.device
     scratch = DecodeScratch.allocate(N, cell.heads, LATENT, cell.longest, device, plan=plan)
 
     def attend(rotation: int) -> Tensor:
-        tables, q = inputs.tables_RNM[rotation], inputs.q_RNHL[rotation]
-        positions, scale = inputs.positions_N, inputs.scale_N
+        tables = inputs.tables_RNM[rotation]
+        q = inputs.q_RNHL[rotation]
+        positions = inputs.positions_N
+        scale = inputs.scale_N
         return paged_mla_decode(q, scale, inputs.cache, tables, positions, scratch, latent_rank=LATENT)
 
     def whole(rotation: int) -> Tensor:
@@ -108,9 +113,12 @@ def measure(cell: Cell, cache: Cache, peers: Peers, timer: Timer) -> Outcome:
 
 
 def row(outcome: Outcome, ceilings: Ceilings) -> list[str]:
-    cell, whole, kernels = outcome.cell, outcome.seconds("ours, whole"), outcome.seconds("ours, kernels")
+    cell = outcome.cell
+    whole = outcome.seconds("ours, whole")
+    kernels = outcome.seconds("ours, kernels")
     peer, theirs = outcome.best_peer
-    rate, flops = cell.num_bytes / kernels, cell.flops / kernels
+    rate = cell.num_bytes / kernels
+    flops = cell.flops / kernels
     cost = whole / outcome.seconds("ours, inexact") - 1
     spread = outcome.times.get("ours, kernels", Sample(*[math.nan] * 3))
     return [
@@ -147,7 +155,8 @@ def summary(outcomes: list[Outcome], ceilings: Ceilings) -> list[list[str]]:
 
     def ratios(heads: int, least_batch: int = 1, least_context: int = 1) -> Iterator[float]:
         for one in outcomes:
-            cell, (peer, theirs) = one.cell, one.best_peer
+            cell = one.cell
+            peer, theirs = one.best_peer
             is_asked = (cell.heads, cell.rows) == (heads, "bf16") and "SDPA" not in peer
             if is_asked and cell.batch >= least_batch and cell.context >= least_context:
                 yield theirs / one.seconds("ours, kernels")
@@ -193,9 +202,11 @@ def cache_for(cells: list[Cell], timer: Timer) -> Cache:
 
 def table(ceilings: Ceilings, report: Report, timer: Timer, *, quick: bool) -> None:
     cells = dry_grid() if timer.is_dry else quick_grid() if quick else grid()
-    cache, peers = cache_for(cells, timer), Peers()
+    cache = cache_for(cells, timer)
+    peers = Peers()
     report.say("", *peers.missing)
-    outcomes, left_out = [], []
+    outcomes = []
+    left_out = []
     for cell in cells:
         if not timer.has_time or not cache.holds(cell):
             left_out.append(cell.name)

@@ -69,7 +69,8 @@ def flash_mla(module: ModuleType | None, cell: Cell, inputs: Inputs) -> Peer:
     assert module is not None
     q = inputs.q_RNHL.unflatten(1, (cell.batch, cell.q_len))
     cache = inputs.cache.unsqueeze(2)
-    decode, metadata = module.flash_mla_with_kvcache, module.get_mla_metadata
+    decode = module.flash_mla_with_kvcache
+    metadata = module.get_mla_metadata
     extra = {"use_legacy": True} if "use_legacy" in inspect.signature(decode).parameters else {}
     per_latent_head = cell.q_len * cell.heads
 
@@ -94,7 +95,8 @@ def flash_mla(module: ModuleType | None, cell: Cell, inputs: Inputs) -> Peer:
 def flashinfer(module: ModuleType | None, workspace: Tensor, cell: Cell, inputs: Inputs) -> Peer:
     """One plan, made on the host, serves all rotations: they differ in their page indices alone."""
     assert module is not None
-    device, rows = inputs.cache.device, cell.q_len
+    device = inputs.cache.device
+    rows = cell.q_len
     wrapper = module.BatchMLAPagedAttentionWrapper(workspace, backend="fa3")
     blocks = [-(-length // BLOCK) for length in cell.lengths]
     starts = torch.tensor([0, *blocks]).cumsum(0).int().to(device)

@@ -14,7 +14,8 @@ from kernels.attention_prefill.plan import PrefillPlan
 from kernels.products import bf16
 from kernels.products.bf16 import Role
 
-NOPE, VALUE = 128, 128
+NOPE = 128
+VALUE = 128
 SHAPES = ((16, 1 << 10), (16, 4 << 10), (16, 16 << 10), (128, 4 << 10))
 SCALE = (NOPE + ROPE) ** -0.5
 

@@ -36,8 +36,12 @@ SHAPES = (
     Shape("head", 2048, 102400, in_prefill=False),
 )
 DRY_SHAPES = (Shape("dry", 64, 48),)
-DECODE_ROWS, PREFILL_ROWS = (1, 32, 128), 4096
-HIDDEN, WIDTH, EXPERTS, CHOSEN = 2048, 1408, 64, 6
+DECODE_ROWS = (1, 32, 128)
+PREFILL_ROWS = 4096
+HIDDEN = 2048
+WIDTH = 1408
+EXPERTS = 64
+CHOSEN = 6
 
 
 class Bound(NamedTuple):
@@ -101,8 +105,18 @@ def linear(shape: Shape, rows: int, ceilings: Ceilings, timer: Timer) -> list[st
 
 
 def figures(shape: Shape, rows: int, bound: Bound, seconds: float, ceilings: Ceilings) -> list[str]:
-    shown = [shape.name, f"{rows}", f"{seconds * 1e6:.1f}", f"{bound.num_bytes / seconds / 1e9:,.0f}"]
-    return [*shown, f"{bound.flops / seconds / 1e12:.0f}", f"{bound.seconds(ceilings) / seconds:.0%}"]
+    """The cells of a shape's row: name, rows, microseconds, GB/s, TFLOP/s and the share of the bound."""
+    gigabytes = bound.num_bytes / seconds / 1e9
+    teraflops = bound.flops / seconds / 1e12
+    share = bound.seconds(ceilings) / seconds
+    return [
+        shape.name,
+        f"{rows}",
+        f"{seconds * 1e6:.1f}",
+        f"{gigabytes:,.0f}",
+        f"{teraflops:.0f}",
+        f"{share:.0%}",
+    ]
 
 
 def per_head(inputs: int, outputs: int, rows: int, ceilings: Ceilings, timer: Timer) -> list[str]:
@@ -111,7 +125,8 @@ def per_head(inputs: int, outputs: int, rows: int, ceilings: Ceilings, timer: Ti
     size = heads * (inputs * outputs + rows * (inputs + outputs))
     bound = Bound(2 * size, 2 * rows * heads * inputs * outputs)
     rotations = timer.rotations(bound.num_bytes)
-    x, out = normal(timer, rotations, rows, heads, inputs), normal(timer, rows, heads, outputs)
+    x = normal(timer, rotations, rows, heads, inputs)
+    out = normal(timer, rows, heads, outputs)
     kv_b = normal(timer, rotations, heads, 256, 512, std=512**-0.5)
     weight = kv_b[:, :, :128] if inputs == 128 else kv_b[:, :, 128:].transpose(2, 3)
 
@@ -198,7 +213,9 @@ class ExpertLoad(NamedTuple):
 
 def mixture(rows: int, load: ExpertLoad, ceilings: Ceilings, timer: Timer, *, fp8: bool) -> list[str]:
     """Distinct experts are counted from the ids, which are uniform."""
-    D, W, E = load.hidden, load.width, load.experts
+    D = load.hidden
+    W = load.width
+    E = load.experts
     gate_up: Any = normal(timer, E, 2 * W, D, std=D**-0.5)
     down: Any = normal(timer, E, D, W, std=W**-0.5)
     if fp8:
@@ -248,9 +265,11 @@ def tables(ceilings: Ceilings, report: Report, timer: Timer) -> None:
 
 
 def experts_table(ceilings: Ceilings, report: Report, timer: Timer) -> None:
-    load, counts = ExpertLoad(), (*DECODE_ROWS, PREFILL_ROWS)
+    load = ExpertLoad()
+    counts = (*DECODE_ROWS, PREFILL_ROWS)
     if timer.is_dry:
-        load, counts = ExpertLoad(64, 32, 4, 2), (3,)
+        load = ExpertLoad(64, 32, 4, 2)
+        counts = (3,)
     makes = [partial(mixture, n, load, ceilings, timer, fp8=fp8) for fp8 in (False, True) for n in counts]
     note = "Experts (both products, gate and sum), uniform routing. Bytes are those of the experts touched."
     report.table((*COLUMNS, "experts touched", "relative error"), made(makes, timer), note)

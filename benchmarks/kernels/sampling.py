@@ -11,7 +11,8 @@ from benchmarks.gpu_timing import Ceilings, Report, Timer
 from kernels.sampler.parameters import ROW_FIELDS, SamplerInputs
 from kernels.sampler.sample import Sampled, sample_logits
 
-VOCAB, ROWS = 102400, (1, 32, 128)
+VOCAB = 102400
+ROWS = (1, 32, 128)
 
 
 def top_p(share: float) -> dict[str, int]:
@@ -51,9 +52,13 @@ def sample_rotation(logits_RBV: Tensor, inputs: SamplerInputs, rotation: int) ->
 
 def table(ceilings: Ceilings, report: Report, timer: Timer) -> None:
     """Logits are normal with deviation 3: the likeliest token of some has a few per cent."""
-    vocab, counts, modes = VOCAB, ROWS, MODES
+    vocab = VOCAB
+    counts = ROWS
+    modes = MODES
     if timer.is_dry:
-        vocab, counts, modes = 600, (1,), dict(list(MODES.items())[:5:4])
+        vocab = 600
+        counts = (1,)
+        modes = dict(list(MODES.items())[:5:4])
     rows = []
     for count in counts:
         num_bytes = 4 * count * vocab

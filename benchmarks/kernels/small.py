@@ -41,8 +41,12 @@ def norms(timer: Timer, rows: int, width: int) -> Iterator[Case]:
 
 def cached_rows(timer: Timer, rows: int) -> Iterator[Case]:
     """Norm, rotation and store of 512 + 64 elements of each row, from the projection of V2-Lite."""
-    C, R, start, num_slots = 512, 64, 3072, 1 << 10 if timer.is_dry else 1 << 18
-    qkv, weight = normal(timer, rows, start + C + R), normal(timer, C)
+    C = 512
+    R = 64
+    start = 3072
+    num_slots = 1 << 10 if timer.is_dry else 1 << 18
+    qkv = normal(timer, rows, start + C + R)
+    weight = normal(timer, C)
     tables = [torch.randn(1024, R, device=timer.device) for _ in range(2)]
     positions = torch.randint(1024, (rows,), dtype=torch.int32, device=timer.device)
     slots = torch.randperm(num_slots, device=timer.device)[:rows]

@@ -86,7 +86,8 @@ def parse_config(raw: Mapping[str, Any], context_length: int | None = None) -> M
     CannotStart names field, value and what is served.
     """
     family, fields = _family_and_fields(raw)
-    hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    hidden_size = fields.size("hidden_size")
+    num_heads = fields.size("num_attention_heads")
     sparse_layers = _sparse_layers(family, fields)
     _check_heads(raw, fields, num_heads)
     context = _context_length(fields.size("max_position_embeddings"), context_length)
@@ -164,7 +165,8 @@ def _sparse_layers(family: Family, fields: Fields) -> tuple[bool, ...]:
     num_layers = fields.size("num_hidden_layers")
     if family.routing is None or not fields.raw.get("n_routed_experts"):
         return (False,) * num_layers
-    first, every = fields.count("first_k_dense_replace"), fields.size("moe_layer_freq", 1)
+    first = fields.count("first_k_dense_replace")
+    every = fields.size("moe_layer_freq", 1)
     sparse = tuple(layer >= first and layer % every == 0 for layer in range(num_layers))
     kinds = fields.raw.get("mlp_layer_types")
     if kinds is None:

@@ -68,7 +68,8 @@ def parse_rope(family: Family, fields: Fields, context_length: int) -> Rope:
 
 def _short_factor(scaling: Fields, context: int, original: int, elements: int) -> tuple[float, ...]:
     """Past the original context longrope turns all positions otherwise, cached ones too: no function of a position."""
-    short, long = scaling.raw.get("short_factor"), scaling.raw.get("long_factor")
+    short = scaling.raw.get("short_factor")
+    long = scaling.raw.get("long_factor")
     if not isinstance(short, list) or len(short) != elements // 2 or not {*map(type, short)} <= {int, float}:
         raise refused("rope_scaling.short_factor", short, (f"lists of {elements // 2} numbers",))
     if context > original and short != long:

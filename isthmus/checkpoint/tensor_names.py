@@ -67,7 +67,8 @@ def model_shapes(config: ModelConfig) -> Shapes:
 
 
 def _layer_shapes(config: ModelConfig, layer: int, *, sparse: bool) -> Shapes:
-    D, prefix = config.hidden_size, f"model.layers.{layer}."
+    D = config.hidden_size
+    prefix = f"model.layers.{layer}."
     shapes: Shapes = {f"{prefix}input_layernorm.weight": (D,), f"{prefix}post_attention_layernorm.weight": (D,)}
     shapes |= _prefixed(f"{prefix}self_attn.", _attention_shapes(config))
     if not sparse or config.experts is None:
@@ -78,7 +79,9 @@ def _layer_shapes(config: ModelConfig, layer: int, *, sparse: bool) -> Shapes:
 
 
 def _attention_shapes(config: ModelConfig) -> Shapes:
-    D, H, C = config.hidden_size, config.num_heads, config.kv_lora_rank
+    D = config.hidden_size
+    H = config.num_heads
+    C = config.kv_lora_rank
     shapes: Shapes = {
         "kv_a_proj_with_mqa.weight": (config.latent_elements, D),
         "kv_a_layernorm.weight": (C,),
@@ -101,7 +104,8 @@ def _mlp_shapes(config: ModelConfig, width: int) -> Shapes:
 
 
 def _gated_shapes(hidden_size: int, width: int) -> Shapes:
-    wide, narrow = (width, hidden_size), (hidden_size, width)
+    wide = (width, hidden_size)
+    narrow = (hidden_size, width)
     return {"gate_proj.weight": wide, "up_proj.weight": wide, "down_proj.weight": narrow}
 
 
@@ -122,7 +126,9 @@ def _expert_shapes(config: ModelConfig, experts: Experts) -> Iterator[tuple[str,
 def _replace_by_fused(config: ModelConfig, prefix: str, shapes: Shapes) -> None:
     """transformers may write the experts of a layer as two tensors."""
     assert config.experts is not None, "sparse layers have experts"
-    E, W, D = config.experts.num_experts, config.experts.width, config.hidden_size
+    E = config.experts.num_experts
+    W = config.experts.width
+    D = config.hidden_size
     for name in [name for name in shapes if name.startswith(prefix)]:
         del shapes[name]
     shapes[f"{prefix}gate_up_proj"] = (E, 2 * W, D)
@@ -131,7 +137,8 @@ def _replace_by_fused(config: ModelConfig, prefix: str, shapes: Shapes) -> None:
 
 def _optional_shapes(config: ModelConfig) -> Shapes:
     """Tensors that are read if they are there, or that published files carry unused."""
-    D, shapes = config.hidden_size, Shapes()
+    D = config.hidden_size
+    shapes = Shapes()
     if config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, D)
     for layer, sparse in enumerate(config.sparse_layers):
@@ -166,7 +173,9 @@ def _dtypes(config: ModelConfig, name: str) -> tuple[str, ...]:
 def _draft_shapes(config: ModelConfig, present: Iterable[str]) -> tuple[Shapes, Shapes]:
     """Required and optional tensors of draft layers; the tensors say how many there are, config.json often lies."""
     layers = {int(found[1]) for name in present if (found := _LAYER.match(name)) and name.endswith(".eh_proj.weight")}
-    D, required, optional = config.hidden_size, Shapes(), Shapes()
+    D = config.hidden_size
+    required = Shapes()
+    optional = Shapes()
     for layer in sorted(layer for layer in layers if layer >= config.num_layers):
         prefix = f"model.layers.{layer}."
         required |= _layer_shapes(config, layer, sparse=config.experts is not None)

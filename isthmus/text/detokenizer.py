@@ -52,7 +52,8 @@ class Detokenizer:
         found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
             end, start = min(found)
-            self._stopped, self._held = True, ""
+            self._stopped = True
+            self._held = ""
             return Released(text[: end if self._include_stop else start], stopped=True)
         certain = len(text) - self._num_held(text)
         self._held = text[certain:]

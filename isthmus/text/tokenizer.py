@@ -89,7 +89,9 @@ class Tokenizer:
         return token_ids
 
     def _encode_part(self, parts: Sequence[str], i: int) -> list[int]:
-        part, before, behind = parts[i], "".join(parts[i - 1 : i]), "".join(parts[i + 1 : i + 2])
+        part = parts[i]
+        before = "".join(parts[i - 1 : i])
+        behind = "".join(parts[i + 1 : i + 2])
         part = part.lstrip() if before in self._strip_behind else part
         part = part.rstrip() if behind in self._strip_before else part
         # A tokenizer may treat the first text apart from what follows a token (Metaspace's "first").

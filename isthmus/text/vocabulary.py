@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from isthmus.errors import CannotStart
@@ -55,7 +56,8 @@ def read_vocabulary(settings: Mapping[str, Any], ids: Mapping[str, int]) -> Voca
     added = read_added_tokens(settings)
     if is_byte_level := {decoder["type"] for decoder in decoders} == {"ByteLevel"}:
         by_character = _byte_level_alphabet()
-        strips, to_bytes = False, lambda token: _byte_level_bytes(token, by_character)
+        strips = False
+        to_bytes = partial(_byte_level_bytes, by_character=by_character)
     elif decoders and all(any(d.items() <= decoder.items() for d in _SENTENCEPIECE_DECODERS) for decoder in decoders):
         prepends = any(d.get("prepend_scheme") != "never" for d in decoders if d["type"] == "Metaspace")
         strips = prepends or any(d["type"] == "Strip" for d in decoders)

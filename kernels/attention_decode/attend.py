@@ -30,6 +30,25 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _load_item(item_ptr):
+    """(row, first split, end split, slot) of an item of work."""
+    row = tl.load(item_ptr).to(tl.int64)
+    first = tl.load(item_ptr + 1)
+    end = tl.load(item_ptr + 2)
+    slot = tl.load(item_ptr + 3)
+    return row, first, end, slot
+
+
+@triton.jit
+def _nothing(C: tl.constexpr, BLOCK_H: tl.constexpr):
+    """(largest score, sum, weighted latents) before any key."""
+    m = tl.full([BLOCK_H], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_H], tl.float32)  # noqa: E741
+    acc = tl.zeros([C, BLOCK_H], tl.float32)
+    return m, l, acc
+
+
+@triton.jit
 def mla_decode(  # noqa: C901, PLR0915
     q_ptr,
     q_row_stride,
@@ -64,14 +83,14 @@ def mla_decode(  # noqa: C901, PLR0915
     AHEAD: tl.constexpr,  # bf16 latents too are loaded a tile ahead, in registers
 ):
     heads = tl.arange(0, BLOCK_H)
-    columns, latent = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    rotary, keys = tl.arange(0, R), tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, C)[:, None]
+    latent = tl.arange(0, C)[None, :]
+    rotary = tl.arange(0, R)
+    keys = tl.arange(0, BLOCK_N)
     work = tl.program_id(0)
     num_work = tl.load(counters_ptr) * TILES
     while work < num_work:
-        item_ptr = items_ptr + (work // TILES) * 4
-        row = tl.load(item_ptr).to(tl.int64)
-        first, end, slot = tl.load(item_ptr + 1), tl.load(item_ptr + 2), tl.load(item_ptr + 3)
+        row, first, end, slot = _load_item(items_ptr + (work // TILES) * 4)
         head = (work % TILES) * BLOCK_H + heads
         is_head = (head < HEADS)[None, :]
         length = tl.load(positions_ptr + row) + 1
@@ -79,11 +98,9 @@ def mla_decode(  # noqa: C901, PLR0915
         q_rows = q_ptr + row * q_row_stride + head[None, :].to(tl.int64) * q_head_stride
         q = tl.load(q_rows + columns, mask=is_head, other=0.0)
         q_pe = tl.load(q_rows + C + rotary[:, None], mask=is_head, other=0.0)
-        m = tl.full([BLOCK_H], -float("inf"), tl.float32)
-        l = tl.zeros([BLOCK_H], tl.float32)  # noqa: E741
-        acc = tl.zeros([C, BLOCK_H], tl.float32)
+        m, l, acc = _nothing(C, BLOCK_H)  # noqa: E741
         if FOLD:
-            m_row, l_row, acc_row = m, l, acc
+            m_row, l_row, acc_row = _nothing(C, BLOCK_H)
         begin = first_of_split(first, S0, S1, S2, E0, E1)
         stop = tl.minimum(first_of_split(end, S0, S1, S2, E0, E1), length)
         table = tables_ptr + row * table_stride
@@ -139,7 +156,9 @@ def mla_decode(  # noqa: C901, PLR0915
                     m_row, l_row, acc_row = fold(m_row, l_row, acc_row, m, l, acc, 0)
                     m = tl.full([BLOCK_H], -float("inf"), tl.float32)
         if FOLD:
-            m, l, acc = m_row, l_row, acc_row  # noqa: E741
+            m = m_row
+            l = l_row  # noqa: E741
+            acc = acc_row
         if slot < 0:
             out = acc * tl.div_rn(1.0 + tl.zeros_like(l), l)[None, :]
             tl.store(out_ptr + (row * HEADS + head[None, :]) * C + columns, to_bf16(out), mask=is_head)

@@ -54,11 +54,16 @@ def _attend(
     Both forms do the same arithmetic, each product that is added to something in an explicit fma: how a prompt is cut
     decides which form a row meets a key tile in, and its bits must not differ. MASKED reads no key from `limit` on.
     """
-    n, d, r, v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, R), tl.arange(0, V)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, R)
+    v = tl.arange(0, V)
     for key in range(first, end, BLOCK_N):
-        at, within = (key + n)[:, None], n[:, None] * key_stride  # within a tile 32 bits do
+        at = (key + n)[:, None]  # within a tile 32 bits do
+        within = n[:, None] * key_stride
         tile = keys + tl.cast(key, tl.int64) * key_stride
-        k_at, v_at = tile + (within + d[None, :]), tile + (within + NOPE + v[None, :])
+        k_at = tile + (within + d[None, :])
+        v_at = tile + (within + NOPE + v[None, :])
         pe_at = pe_keys + tl.cast(key, tl.int64) * pe_stride + (n[:, None] * pe_stride + r[None, :])
         if MASKED:
             k = tl.load(k_at, mask=(at < limit) & (d < NOPE)[None, :], other=0.0)
@@ -82,7 +87,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
-def mla_prefill_kernel(
+def mla_prefill_kernel(  # noqa: PLR0915
     out,
     acc_state,
     peak_state,
@@ -111,11 +116,17 @@ def mla_prefill_kernel(
     within = program % (num_tiles * heads_together)
     head = program // (num_tiles * heads_together) * heads_together + within % heads_together
     tile = tiles + (within // heads_together) * _TILE_FIELDS
-    first_row, num_rows, first_position = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    key_begin, key_end, key_row = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
+    first_row = tl.load(tile)
+    num_rows = tl.load(tile + 1)
+    first_position = tl.load(tile + 2)
+    key_begin = tl.load(tile + 3)
+    key_end = tl.load(tile + 4)
+    key_row = tl.load(tile + 5)
 
-    m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    r, v = tl.arange(0, R), tl.arange(0, V)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, R)
+    v = tl.arange(0, V)
     real = m < num_rows
     row = (first_row + m).to(tl.int64)
     q_at = q + row * q_row_stride + head.to(tl.int64) * q_head_stride
@@ -147,7 +158,8 @@ def mla_prefill_kernel(
         whole, key_end, key_end, NOPE, R, V, BLOCK_D, BLOCK_N, MASKED=True,
     )  # fmt: skip
 
-    first_row, num_rows = tl.load(tile, volatile=True), tl.load(tile + 1, volatile=True)
+    first_row = tl.load(tile, volatile=True)
+    num_rows = tl.load(tile + 1, volatile=True)
     real = m < num_rows
     state = (first_row + m).to(tl.int64) * num_heads + head
     if tl.load(tile + 6, volatile=True) != 0:

@@ -57,7 +57,8 @@ def place_kernel(
 
     Every program looks at all blocks' counts for where its pairs begin; without `counts` it makes them itself.
     """
-    block, mine = tl.program_id(0), tl.program_id(1)
+    block = tl.program_id(0)
+    mine = tl.program_id(1)
     expert = tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     before = tl.zeros([EXPERTS], tl.int32)

@@ -78,7 +78,8 @@ def experts_kernel(  # noqa: PLR0915
                 up = dot(up_weight, x_k, up)
         else:
             block = start // BLOCK_K + 1
-            x_scale, scale = tl.load(x_scale_at + start // BLOCK_K), next_scale
+            x_scale = tl.load(x_scale_at + start // BLOCK_K)
+            scale = next_scale
             next_scale = _scales(scale_at, block, num_scales)
             acc += dot(weight, x_k, zero) * x_scale[None, :] * scale[:, None]
             if SWIGLU:

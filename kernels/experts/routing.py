@@ -51,7 +51,8 @@ def route_kernel(
 ):  # fmt: skip
     """A NaN score counts as the highest, so ids are always those of experts; the row's weights say what happened."""
     row = tl.program_id(0).to(tl.int64)
-    group, member = tl.arange(0, GROUPS), tl.arange(0, GROUP)
+    group = tl.arange(0, GROUPS)
+    member = tl.arange(0, GROUP)
     real = (group < num_groups)[:, None] & (member < group_size)[None, :]
     expert = group[:, None] * group_size + member[None, :]
     logit = tl.load(logits + row * logits_stride + expert, mask=real, other=float("-inf"))

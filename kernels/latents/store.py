@@ -40,7 +40,8 @@ def to_e4m3_bits(x):
 @triton.jit
 def _rotate(first, second, cos, signed_sin, angle, HALF: tl.constexpr):
     """Both halves rotated, in fp32; `angle` points at the first half's elements of a table row."""
-    first_cos, second_cos = tl.load(cos + angle).to(tl.float32), tl.load(cos + angle + HALF).to(tl.float32)
+    first_cos = tl.load(cos + angle).to(tl.float32)
+    second_cos = tl.load(cos + angle + HALF).to(tl.float32)
     first_sin = tl.load(signed_sin + angle).to(tl.float32)
     second_sin = tl.load(signed_sin + angle + HALF).to(tl.float32)
     return first * first_cos + second * first_sin, second * second_cos + first * second_sin

@@ -77,7 +77,8 @@ def _fp8_product(
     next_weight_scale = tl.load(weight_scale_of_column, mask=column_exists[:, None], other=0.0)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for first in range(0, K, _BLOCK):
-        x_scale, weight_scale = next_x_scale, tl.sum(next_weight_scale, axis=1)
+        x_scale = next_x_scale
+        weight_scale = tl.sum(next_weight_scale, axis=1)
         x_scale_of_row += 1
         weight_scale_of_column += 1
         more = first + _BLOCK < K

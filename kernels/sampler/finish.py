@@ -85,7 +85,8 @@ def _search(
         mine = inside & (bin_of(x, highest, temperature) == bin)
         lows = tl.minimum(lows, tl.where(mine, key(x), _MOST))
         highs = tl.maximum(highs, tl.where(mine, key(x), -_MOST))
-    low, high = tl.min(lows, axis=0), tl.max(highs, axis=0) + 1
+    low = tl.min(lows, axis=0)
+    high = tl.max(highs, axis=0) + 1
     above = needed * 0
     while high - low > 1:
         step = (high - low + _FAN - 1) // _FAN
@@ -119,8 +120,10 @@ def _draw(
 ):  # fmt: skip
     """The token of one row."""
     bins = tl.arange(0, NUM_BINS)
-    counts, sums = tl.load(plan + COUNTS + bins), tl.load(plan + SUMS + bins)
-    kept, length = tl.load(plan + MIN_SUM), tl.load(plan + LENGTH)
+    counts = tl.load(plan + COUNTS + bins)
+    sums = tl.load(plan + SUMS + bins)
+    kept = tl.load(plan + MIN_SUM)
+    length = tl.load(plan + LENGTH)
     temperature = load_float(row_words, TEMPERATURE)
     is_listed = length <= LIST_LENGTH
     length = tl.where(is_listed, length, vocab).to(tl.int32)

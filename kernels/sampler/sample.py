@@ -68,7 +68,8 @@ def stats_kernel(
     ADJUSTED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row). ADJUSTED: only rows with entries that are still to be chosen from, highest and id alone."""
-    chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
+    chunk = tl.program_id(0)
+    num_chunks = tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     row_words = rows + row * ROW_WORDS
     wanted = True
@@ -94,11 +95,15 @@ def stats_kernel(
 @triton.jit
 def uniform_bits(seed, index):
     """`isthmus.engine.philox.uniform_bits`: the top 24 bits of Philox4x32-10 at counter (index, 0, 0, 0)."""
-    k0, k1 = seed.to(tl.uint64) & _LOW_WORD, seed.to(tl.uint64) >> 32
+    k0 = seed.to(tl.uint64) & _LOW_WORD
+    k1 = seed.to(tl.uint64) >> 32
     c0 = index.to(tl.uint64) & _LOW_WORD
-    c1, c2, c3 = c0 * 0, c0 * 0, c0 * 0
+    c1 = c0 * 0
+    c2 = c0 * 0
+    c3 = c0 * 0
     for _ in tl.static_range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        p0 = c0 * 0xD2511F53
+        p1 = c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _LOW_WORD, (p0 >> 32) ^ c3 ^ k1, p0 & _LOW_WORD
         k0, k1 = (k0 + 0x9E3779B9) & _LOW_WORD, (k1 + 0xBB67AE85) & _LOW_WORD
     return (c0 >> 8).to(tl.int64)

@@ -136,7 +136,8 @@ def bins_kernel(
 
     A lane keeps the bins of its own elements, at most 128, which in a thread are registers.
     """
-    chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
+    chunk = tl.program_id(0)
+    num_chunks = tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     if tl.load(modes + row) == DRAW:
         row_words = rows + row * ROW_WORDS
@@ -150,7 +151,8 @@ def bins_kernel(
             ids = chunk * CHUNK + start + tl.arange(0, LANES)
             inside = ids < vocab
             x = tl.load(logits + row * stride + ids, mask=inside, other=float("-inf"))
-            weight, bin = weigh(x, highest, temperature), bin_of(x, highest, temperature)
+            weight = weigh(x, highest, temperature)
+            bin = bin_of(x, highest, temperature)
             kept += tl.where(weight >= min_weight, weight, 0)
             word = tl.where(inside, weight + (1 << 48), 0)
             packed += tl.where(bin[None, :] == bins[:, None], word[None, :], 0)
@@ -167,7 +169,8 @@ def plan_kernel(
     """One program per row: what its chunks' bins add up to, which bins are touched, where each chunk's ids begin."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(modes + row) == DRAW:
-        chunk, bin = tl.arange(0, MAX_CHUNKS), tl.arange(0, NUM_BINS)
+        chunk = tl.arange(0, MAX_CHUNKS)
+        bin = tl.arange(0, NUM_BINS)
         has = chunk < num_chunks
         at = (row * num_chunks + chunk)[:, None] * NUM_BINS + bin[None, :]
         of_chunks = tl.load(bin_counts + at, mask=has[:, None], other=0).to(tl.int64)
@@ -192,7 +195,8 @@ def gather_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, MAX_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row): the chunk's part of the list of ids in touched bins, unless the list is too long."""
-    chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
+    chunk = tl.program_id(0)
+    num_chunks = tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     plan = plans + row * PLAN_WORDS
     wanted = tl.load(modes + row) == DRAW

@@ -30,7 +30,9 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q_NTK, k_NTK, v_NTV, out_NTV, *weights = ctx.saved_tensors
         (dout_NTV,) = grads
-        dq_NTK, dk_NTK, dv_NTV = torch.empty_like(q_NTK), torch.zeros_like(k_NTK), torch.zeros_like(v_NTV)
+        dq_NTK = torch.empty_like(q_NTK)
+        dk_NTK = torch.zeros_like(k_NTK)
+        dv_NTV = torch.zeros_like(v_NTV)
         delta_NT1 = (dout_NTV * out_NTV).sum(-1, keepdim=True)
         for index, weight in enumerate(weights):
             start = index * CHUNK

@@ -61,7 +61,8 @@ def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
         routed = "experts.gate" in layer
         published |= _split_mlp(f"{theirs}mlp.{'shared_experts.' if routed else ''}", layer["gate_up"], layer["down"])
         for expert in range(SHAPE.experts if routed else 0):
-            fused, down = layer["experts.gate_up"][expert], layer["experts.down"][expert]
+            fused = layer["experts.gate_up"][expert]
+            down = layer["experts.down"][expert]
             published |= _split_mlp(f"{theirs}mlp.experts.{expert}.", fused, down)
     mtp = f"model.layers.{SHAPE.layers}."
     return published | {f"{mtp}{theirs}": state[f"mtp.{ours}"] for ours, theirs in MTP_NAMES.items()}

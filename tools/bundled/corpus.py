@@ -145,7 +145,8 @@ class Prose:
         at = rng.randrange(len(source.sentences))
         if rng.random() < 0.5:
             at = next((i for i in range(at, max(at - 40, 0), -1) if source.starts_paragraph[i]), at)
-        end, wanted = source.ends[at], min(rng.choice(PASSAGE_TOKENS), limit)
+        end = source.ends[at]
+        wanted = min(rng.choice(PASSAGE_TOKENS), limit)
         ids = list(source.opening[at])
         while at + 1 < end and len(ids) < wanted:
             at += 1
@@ -156,7 +157,8 @@ class Prose:
         """Plain text of `low` to about `high` characters, cut at a word."""
         source = self._pick(rng)
         wanted = rng.randint(low, high)
-        at, text = rng.randrange(len(source.sentences)), ""
+        at = rng.randrange(len(source.sentences))
+        text = ""
         while len(text) < wanted and at < len(source.sentences):
             text = f"{text} {source.sentences[at]}".strip()
             at += 1

@@ -77,9 +77,13 @@ class Dialogues:
 
 def memory(rng: random.Random) -> tuple[Turn, Turn]:
     """What is told, and the question that needs it."""
-    name, number = rng.choice(NAMES), "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 5)))
-    word, thing = rng.choice(SHORT_WORDS + ANIMALS + THINGS), rng.choice(THINGS)
-    color, place, food = rng.choice(COLORS), rng.choice(PLACES), rng.choice(FOODS)
+    name = rng.choice(NAMES)
+    number = "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 5)))
+    word = rng.choice(SHORT_WORDS + ANIMALS + THINGS)
+    thing = rng.choice(THINGS)
+    color = rng.choice(COLORS)
+    place = rng.choice(PLACES)
+    food = rng.choice(FOODS)
     noted = "I will remember it."
     pairs = [
         (Turn(f"My name is {name}.", f"Hello, {name}!"), Turn("What is my name?", f"Your name is {name}.")),

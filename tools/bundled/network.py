@@ -124,7 +124,8 @@ class Layer(nn.Module):
     def __init__(self, *, routed: bool) -> None:
         super().__init__()
         width = SHAPE.expert_width if routed else SHAPE.dense_width
-        self.input_norm, self.post_norm = _ones(SHAPE.hidden), _ones(SHAPE.hidden)
+        self.input_norm = _ones(SHAPE.hidden)
+        self.post_norm = _ones(SHAPE.hidden)
         self.attention = Attention()
         self.gate_up = _matrix(2 * width, SHAPE.hidden)
         self.down = nn.Parameter(torch.zeros(SHAPE.hidden, width))
@@ -145,13 +146,17 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         s = SHAPE
-        self.q_a, self.q_b = _matrix(s.q_lora, s.hidden), _matrix(s.heads * (s.nope + s.rope), s.q_lora)
-        self.kv_a, self.kv_b = _matrix(s.kv_lora + s.rope, s.hidden), _matrix(s.heads * (s.nope + s.value), s.kv_lora)
-        self.q_norm, self.kv_norm = _ones(s.q_lora), _ones(s.kv_lora)
+        self.q_a = _matrix(s.q_lora, s.hidden)
+        self.q_b = _matrix(s.heads * (s.nope + s.rope), s.q_lora)
+        self.kv_a = _matrix(s.kv_lora + s.rope, s.hidden)
+        self.kv_b = _matrix(s.heads * (s.nope + s.value), s.kv_lora)
+        self.q_norm = _ones(s.q_lora)
+        self.kv_norm = _ones(s.kv_lora)
         self.o = nn.Parameter(torch.zeros(s.hidden, s.heads * s.value))
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        s, (rows, length, _) = SHAPE, x_BTD.shape
+        s = SHAPE
+        rows, length, _ = x_BTD.shape
         cos, sin = cos[:length, None], sin[:length, None]
         query = F.linear(rms(F.linear(x_BTD, self.q_a), self.q_norm), self.q_b).view(rows, length, s.heads, -1)
         latent, k_pe = F.linear(x_BTD, self.kv_a).split((s.kv_lora, s.rope), -1)
@@ -225,7 +230,8 @@ def gated(gate_up: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of interleaved pairs."""
-    even, odd = x[..., 0::2], x[..., 1::2]
+    even = x[..., 0::2]
+    odd = x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
@@ -243,7 +249,8 @@ def yarn_frequencies() -> Tensor:
     def dimension(rotations: float) -> float:
         return s.rope * math.log(s.yarn_original / (rotations * 2 * math.pi)) / (2 * math.log(s.rope_theta))
 
-    low, high = max(math.floor(dimension(32)), 0), min(math.ceil(dimension(1)), s.rope - 1)
+    low = max(math.floor(dimension(32)), 0)
+    high = min(math.ceil(dimension(1)), s.rope - 1)
     ramp = ((torch.arange(s.rope // 2).float() - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain / s.yarn_factor * ramp + plain * (1 - ramp)
 

@@ -105,7 +105,8 @@ def _operands(rng: random.Random, sign: str, *, held_out: bool) -> tuple[int, in
 def comparison(rng: random.Random, *, held_out: bool = False) -> Turn:
     """Which of two numbers is larger or smaller."""
     while True:
-        a, b = rng.randint(1, 99), rng.randint(1, 99)
+        a = rng.randint(1, 99)
+        b = rng.randint(1, 99)
         if a != b and is_held_out("c", a, b) == held_out:
             break
     if rng.random() < 0.5:
@@ -124,7 +125,8 @@ def neighbour(rng: random.Random) -> Turn:
 def counting(rng: random.Random, *, held_out: bool = False) -> Turn:
     """Counting up to a stated end, 29 at most; (start, steps) pairs are held out."""
     while True:
-        start, steps = rng.randint(1, 20), rng.randint(2, 9)
+        start = rng.randint(1, 20)
+        steps = rng.randint(2, 9)
         if is_held_out("n", start, steps) == held_out:
             break
     numbers = range(start, start + steps + 1)

@@ -51,7 +51,8 @@ class Rows:
         """Rows of one length, two tokens longer than the inputs: targets are one and two positions ahead."""
         rng = random.Random(f"{self._seed}/{index}")
         length = ROW_LENGTHS[index % len(ROW_LENGTHS)]
-        shares, used = shares_at(progress), dict.fromkeys(EARLY_SHARES, 0)
+        shares = shares_at(progress)
+        used = dict.fromkeys(EARLY_SHARES, 0)
         return torch.tensor([self._row(rng, length + 2, shares, used) for _ in range(TOKENS_PER_BATCH // length)])
 
     def _row(self, rng: random.Random, length: int, shares: Mapping[str, float], used: dict[str, int]) -> list[int]:
@@ -72,7 +73,8 @@ class Rows:
 
 def tokenizer_texts(corpus: Corpus, seed: int) -> Iterator[str]:
     """What a new tokenizer is trained on: the prose, two fifths of the addresses, stories and questions."""
-    rng, questions = random.Random(seed), Questions(corpus.capitals)
+    rng = random.Random(seed)
+    questions = Questions(corpus.capitals)
     for document in corpus.train:
         if document.source != "sotu" or rng.random() < 0.4:
             yield from document.paragraphs
@@ -82,7 +84,8 @@ def tokenizer_texts(corpus: Corpus, seed: int) -> Iterator[str]:
 
 def held_out_rows(tokenizer: Tokenizer, corpus: Corpus, count: int, length: int) -> torch.Tensor:
     """Rows of nothing but passages from held-out documents, the same on every call."""
-    prose, rng = Prose(tokenizer, corpus.held_out), random.Random(9)
+    prose = Prose(tokenizer, corpus.held_out)
+    rng = random.Random(9)
     rows = []
     for _ in range(count):
         row: list[int] = []
@@ -94,7 +97,8 @@ def held_out_rows(tokenizer: Tokenizer, corpus: Corpus, count: int, length: int)
 
 def loss_weights(ids_BT: torch.Tensor) -> torch.Tensor:
     """QUESTION_WEIGHT for what stands between <|user|> and <|assistant|>, else 1."""
-    user, assistant = ids_BT == USER, ids_BT == ASSISTANT
+    user = ids_BT == USER
+    assistant = ids_BT == ASSISTANT
     inside = _inside(user, assistant | (ids_BT == BOS))
     return torch.where(inside & ~user, QUESTION_WEIGHT, 1.0)
 

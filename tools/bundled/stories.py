@@ -41,7 +41,8 @@ def _draw_cast(rng: random.Random, hero: str | None, other: str | None) -> _Cast
     hero = hero or rng.choice(ANIMALS)
     is_child = hero[0].isupper()
     female = hero in GIRLS if is_child else rng.random() < 0.5
-    opening, weather = rng.choice(TIMES), rng.choice(WEATHER)
+    opening = rng.choice(TIMES)
+    weather = rng.choice(WEATHER)
     home, away = rng.sample(PLACES, 2)
     temper, other_temper = rng.sample(TEMPERS, 2)
     return _Cast(
@@ -103,7 +104,9 @@ def _habit(rng: random.Random, c: _Cast) -> str:
 
 
 def _lost_thing(rng: random.Random, c: _Cast) -> list[str]:
-    pick, other, thing = rng.choice, f"the {c.other}", f"{c.look} {c.thing}"
+    pick = rng.choice
+    other = f"the {c.other}"
+    thing = f"{c.look} {c.thing}"
     searches = [
         f"{capital(c.he)} looked under the bed and behind the door, but it was not there.",
         f"{capital(c.he)} searched all the way to {c.away}, but could not find it.",
@@ -137,7 +140,8 @@ def _lost_thing(rng: random.Random, c: _Cast) -> list[str]:
 
 
 def _hunger(rng: random.Random, c: _Cast) -> list[str]:
-    pick, other = rng.choice, f"the {c.other}"
+    pick = rng.choice
+    other = f"the {c.other}"
     offers = [
         f'"If you help me carry the basket home," said {other}, "you may have half."',
         f'"First help me with my work," said {other}, "and then we will eat."',
@@ -166,7 +170,8 @@ def _hunger(rng: random.Random, c: _Cast) -> list[str]:
 
 
 def _storm(rng: random.Random, c: _Cast) -> list[str]:
-    pick, other = rng.choice, f"the {c.other}"
+    pick = rng.choice
+    other = f"the {c.other}"
     helper = capital(with_article(c.other_temper))
     endings = [
         "When the sun came out again, they went home together.",
@@ -194,7 +199,8 @@ def _storm(rng: random.Random, c: _Cast) -> list[str]:
 
 
 def _found_thing(rng: random.Random, c: _Cast) -> list[str]:
-    pick, other = rng.choice, f"the {c.other}"
+    pick = rng.choice
+    other = f"the {c.other}"
     wonders = [
         f'"Whose {c.thing} is this?" {c.he} wondered.',
         f"{capital(c.he)} had never seen such a beautiful {c.thing} before.",
@@ -225,7 +231,8 @@ def _found_thing(rng: random.Random, c: _Cast) -> list[str]:
 
 
 def _race(rng: random.Random, c: _Cast) -> list[str]:
-    pick, other = rng.choice, f"the {c.other}"
+    pick = rng.choice
+    other = f"the {c.other}"
     delays = [
         f"{capital(other)} ran quickly, but soon stopped to eat some {c.food} and fell asleep.",
         f"{capital(other)} was so proud that {c.other_he} stopped to sing a song.",
@@ -251,7 +258,8 @@ def _race(rng: random.Random, c: _Cast) -> list[str]:
 
 
 def _journey(rng: random.Random, c: _Cast) -> list[str]:
-    pick, other = rng.choice, f"the {c.other}"
+    pick = rng.choice
+    other = f"the {c.other}"
     answers = [
         f'"I am going to see the sea," said {c.hero}. "Come with me."',
         f'"To the sea," said {c.hero}. "It is a long way, but we can walk together."',

@@ -14,10 +14,14 @@ from .network import Network
 from .optimizer import Optimizer, schedule
 from .rows import TOKENS_PER_BATCH, Rows, loss_weights
 
-MTP_SHARE, MTP_WEIGHT = 0.25, 0.3
-BALANCE_STEP, BALANCE_UNTIL = 0.004, 0.9
-LATE_BATCHES, LATE_FROM = 2, 0.7  # batches per step once small noisy steps no longer pay
-REPORT_EVERY, SAVE_EVERY = 25, 150
+MTP_SHARE = 0.25
+MTP_WEIGHT = 0.3
+BALANCE_STEP = 0.004
+BALANCE_UNTIL = 0.9
+LATE_BATCHES = 2  # batches per step once small noisy steps no longer pay
+LATE_FROM = 0.7
+REPORT_EVERY = 25
+SAVE_EVERY = 150
 
 
 @dataclass(slots=True)
@@ -97,7 +101,8 @@ class Trainer:
             setattr(self._run, name, value)
 
     def _step(self, progress: float) -> None:
-        run, batches = self._run, LATE_BATCHES if progress >= LATE_FROM else 1
+        run = self._run
+        batches = LATE_BATCHES if progress >= LATE_FROM else 1
         for _ in range(batches):
             ids_BT = self._rows.batch(run.batch, progress).to(self._network.norm.device)
             losses = self._network.losses(ids_BT, loss_weights(ids_BT), mtp_rows=int(len(ids_BT) * MTP_SHARE))

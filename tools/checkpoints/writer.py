@@ -86,7 +86,9 @@ def _tensors(config: ModelConfig, recipe: Recipe) -> Iterator[Tensor]:
 
 def _fused_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     assert config.experts is not None, "a family of mixtures"
-    E, W, D = config.experts.num_experts, config.experts.width, config.hidden_size
+    E = config.experts.num_experts
+    W = config.experts.width
+    D = config.hidden_size
     shapes = {name: shape for name, shape in model_shapes(config).items() if ".mlp.experts." not in name}
     for layer in (layer for layer, sparse in enumerate(config.sparse_layers) if sparse):
         shapes[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = (E, 2 * W, D)
@@ -152,7 +154,8 @@ def _pieces(tensor: Tensor) -> Iterator[_Piece]:
     if len(tensor.shape) == 1:
         yield _Piece(tensor, 0, tensor.shape, is_last=True)
         return
-    rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    rows = math.prod(tensor.shape[:-1])
+    columns = tensor.shape[-1]
     matrix = replace(tensor, shape=(rows, columns))
     step = max(1, _PIECE_ELEMENTS // columns // FP8_BLOCK) * FP8_BLOCK
     for first_row in range(0, rows, step):
