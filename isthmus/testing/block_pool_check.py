@@ -10,7 +10,8 @@ from isthmus.kv.block_pool import BlockPool
 def check_partition(pool: BlockPool) -> None:
     """Asserts the partition; O(num_blocks), for tests and idle moments."""
     with pool._lock:
-        blank, cached = set(pool._blank), set(pool._cached)
+        blank = set(pool._blank)
+        cached = set(pool._cached)
         referenced = {block for block, count in enumerate(pool._references) if count > 0}
         assert len(blank) == len(pool._blank), "a block is blank twice"
         assert min(pool._references, default=0) >= 0, "a negative reference count"

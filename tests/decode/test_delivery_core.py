@@ -191,6 +191,23 @@ def test_a_router_that_attaches_meanwhile_stops_the_move() -> None:
     assert other.tokens() == expected(request())
 
 
+def test_a_router_that_attaches_before_the_stream_was_handed_over_has_it_and_nothing_is_sent() -> None:
+    world = CoreWorld()
+    router = world.router()
+    other = world.router("other")
+    router.start(request())
+    world.step(2)
+    router.move("a")
+    world.turn()
+    other.attach("a")
+    world.run()
+    failures = [message.moved.failure for message in other.read() if message.WhichOneof("message") == "moved"]
+    assert failures == ["attached by another router"]
+    assert world.sender.moves == []
+    assert other.tokens() == expected(request())
+    world.check_nothing_left()
+
+
 def test_a_second_move_of_a_stream_that_moves_is_answered() -> None:
     world = CoreWorld()
     router = world.router()

@@ -230,6 +230,18 @@ def test_replay_beside_a_running_stream_is_bounded_in_each_step() -> None:
     assert bench.tokens("b") == expected(request("b"))
 
 
+def test_the_oldest_of_two_streams_that_replay_replays_the_most() -> None:
+    bench = Bench()
+    asked = {name: request(name, max_tokens=200) for name in ("a", "bb")}
+    for one in asked.values():
+        bench.join(replace(one, emitted_token_ids=tuple(expected(one)[:50])))
+    bench.turn(2)
+    assert bench.engine.decoder.num_rows == [50 + 1 + MAX_EXTRA_ROWS - 49, 1 + 50 - (1 + MAX_EXTRA_ROWS - 49)]
+    bench.run()
+    for name, one in asked.items():
+        assert [token.id for emission in bench.emissions(name) for token in emission.tokens] == expected(one)[1:]
+
+
 @BOTH
 @pytest.mark.parametrize("wrong", [1, 4])
 def test_a_replayed_token_that_differs_ends_the_stream_after_those_before_it(runs_ahead: bool, wrong: int) -> None:
