@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import TypeVar, cast
 
@@ -61,7 +60,7 @@ def decode_worker(raw: bytes, incarnation: str) -> WorkerRecord:
     dtypes = {plane.dtype for plane in record.layout.planes}
     if record.role not in ("prefill", "decode") or not dtypes <= DTYPE_BYTES.keys():
         raise BadRecord("a role or dtype of no version of ours")
-    if not all(0 <= number < 2**53 for number in _numbers(asdict(record))):
+    if not all(0 <= number < 2**53 for number in _numbers(_WORKER.dump_python(record))):
         raise BadRecord("a count or span below zero or beyond reason")
     return record
 

@@ -106,6 +106,11 @@ class Prefill:
         self.engine.pool.release(table)  # nobody else uses this pool meanwhile
         return Filling(transfer, token, done, self.engine.layout.planes[0].num_layers, len(request.prompt_token_ids))
 
+    def num_acked(self, filling: "Filling") -> int:
+        """Frames of a transfer that goes on."""
+        state = self.sender._core._transfers.get(filling.transfer.number)
+        return 0 if state is None else state.outcome.frames
+
     async def fill(self, request: Request, reserved: decode_pb2.Reserved) -> TransferOutcome:
         filling = self.begin(request, reserved)
         filling.rows()
