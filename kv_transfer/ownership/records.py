@@ -1,7 +1,7 @@
 """Ownership records as JSON, hashes and packed bytes. What a store returns is checked field by field, never trusted."""
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TypeVar, cast
 
@@ -142,12 +142,16 @@ def _check_attempt(text: str) -> int:
     return int(text)
 
 
-def _numbers(value: object) -> Iterator[float]:
+def _numbers(value: object) -> list[float]:
     """Every number in nested dictionaries and sequences."""
-    if isinstance(value, int | float):
-        yield value
-    elif isinstance(value, dict):
-        yield from _numbers(list(cast("dict[str, object]", value).values()))
-    elif isinstance(value, list | tuple):
-        for item in cast("list[object]", value):
-            yield from _numbers(item)
+    found: list[float] = []
+    unread = [value]
+    while unread:
+        item = unread.pop()
+        if isinstance(item, int | float):
+            found.append(item)
+        elif isinstance(item, dict):
+            unread += cast("dict[str, object]", item).values()
+        elif isinstance(item, list | tuple):
+            unread += cast("list[object]", item)
+    return found

@@ -77,7 +77,7 @@ class FirstWorld:
         self.time.run_until(lambda: all(client.is_over for client in self.clients), "every stream ends", 2 * TIMEOUT_S)
         for client in self.clients:
             client.check()
-        self.time.run_for(6.0)  # what is let go of with a delay
+        self.time.run_for(4.0)  # what is let go of with a delay
         self.check_nothing_is_left()
 
     def check_nothing_is_left(self) -> None:
