@@ -27,7 +27,7 @@ from benchmarks.machine import quantile
 from isthmus.checkpoint.directory import Checkpoint
 from isthmus.engine.engine import Engine
 from isthmus.steps import DecodeRow, PrefillChunk
-from isthmus.testing.stack import Client, Result, Stack, ledger, request, running_stack
+from isthmus.testing.stack import Result, Stack, StackClient, ledger, request, running_stack
 from tools.checkpoints import Recipe, write_checkpoint
 
 # Token ids that every checkpoint here has.
@@ -52,7 +52,7 @@ def gaps_ms(result: Result) -> list[float]:
     return [(after - before) * 1e3 for before, after in itertools.pairwise(result.arrival_s)]
 
 
-def generate(client: Client, length: int, salt: int, max_tokens: int) -> "asyncio.Task[Result]":
+def generate(client: StackClient, length: int, salt: int, max_tokens: int) -> "asyncio.Task[Result]":
     message = request(prompt(length, salt), max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return asyncio.create_task(client.generate(message, timeout_s=300))
 
@@ -75,7 +75,7 @@ class One(NamedTuple):
 async def one_at_a_time(stack: Stack, load: Load) -> list[One]:
     (prefill,) = stack.services("prefill")
     taken = []
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         for number in range(load.requests + 2):
             sent = time.monotonic()
             result = await generate(client, load.prompt_tokens, 1000 + number, load.max_tokens)
@@ -95,7 +95,7 @@ async def one_at_a_time(stack: Stack, load: Load) -> list[One]:
 
 async def at_once(stack: Stack, load: Load, count: int) -> tuple[float, list[float], list[float]]:
     """Tokens per second, TTFT and gaps in milliseconds of `count` requests sent together."""
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         began = time.monotonic()
         tasks = [generate(client, load.prompt_tokens, 5000 + number, load.max_tokens) for number in range(count)]
         results = await asyncio.gather(*tasks)
@@ -106,7 +106,7 @@ async def at_once(stack: Stack, load: Load, count: int) -> tuple[float, list[flo
 
 async def interference(stack: Stack, load: Load, *, arriving: int) -> list[float]:
     """Gaps of STREAMS running streams while `arriving` long prompts at a time are computed."""
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         streams = [generate(client, 32, 9000 + number, 4 * load.max_tokens) for number in range(STREAMS)]
         salts = itertools.count(20_000 + 1000 * arriving)
 

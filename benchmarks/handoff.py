@@ -11,7 +11,7 @@ import asyncio
 import statistics
 
 from benchmarks.machine import describe, quantile
-from isthmus.testing.stack import Client, Stack, ledger, request, running_stack
+from isthmus.testing.stack import Stack, StackClient, ledger, request, running_stack
 
 RAW_BYTES_PER_S = 4e9
 
@@ -20,7 +20,7 @@ async def measure(stack: Stack, num_requests: int, num_prompt_tokens: int) -> li
     """Overheads in milliseconds, one request at a time."""
     (prefill,) = stack.services("prefill")
     overheads = []
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         for number in range(num_requests + 3):
             prompt = [10 + (number * 31 + position) % 2000 for position in range(num_prompt_tokens)]
             result = await client.generate(request(prompt, max_tokens=32, temperature=0.0, ignore_eos=True))

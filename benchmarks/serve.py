@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import describe, quantile
-from isthmus.testing.stack import Client, request, running_stack
+from isthmus.testing.stack import StackClient, request, running_stack
 
 CONCURRENCIES = (1, 4, 16)
 BUNDLED = Path(__file__).resolve().parent.parent / "isthmus" / "bundled"
@@ -47,7 +47,7 @@ def prompts(count: int, length: int, salt: int) -> list[list[int]]:
 
 
 async def run_stack(router: str, batch: list[list[int]], max_tokens: int) -> Figures:
-    async with Client(router) as client:
+    async with StackClient(router) as client:
         began = time.monotonic()
 
         async def one(prompt: list[int]) -> tuple[float, list[float]]:

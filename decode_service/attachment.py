@@ -14,7 +14,7 @@ from decode_service import messages
 from decode_service.reader import AttachKey
 from decode_service.reservations import Reservations
 from decode_service.session import RouterSession
-from decode_service.stream import Phase, Stream
+from decode_service.stream import Phase, ServedStream
 from decode_service.stream_run import Ended
 from decode_service.streams import Streams
 from isthmus.errors import IndexOutOfRange, StreamGone
@@ -86,7 +86,7 @@ class Attachments:
         self._bind(stream, session, next_index, now)
         self._note(stream, "stream.attached", router)
 
-    def held(self, request_id: str, key: AttachKey) -> Stream | None:
+    def held(self, request_id: str, key: AttachKey) -> ServedStream | None:
         """The stream, for a router that has it. None when it is not here, or for a stale router, which is noted."""
         stream = self.streams.table.get(request_id)
         if stream is None or not key.is_stale(stream.reader.attach):
@@ -130,7 +130,7 @@ class Attachments:
             stream.reader.silence()
             self.streams.end(stream, Ended(FinishReason.CANCELLED, detail="the decode worker stops"), now)
 
-    def _bind(self, stream: Stream, session: RouterSession, next_index: int, now: float) -> None:
+    def _bind(self, stream: ServedStream, session: RouterSession, next_index: int, now: float) -> None:
         reader = stream.reader
         reader.bind(session, next_index)
         if stream.phase is not Phase.FILLING:
@@ -139,5 +139,5 @@ class Attachments:
             session.send(messages.stream_ended(stream, stream.ended))
             reader.keep(now + (reader.retention_s or SESSION_GRACE_S))
 
-    def _note(self, stream: Stream, event: str, router: str) -> None:
+    def _note(self, stream: ServedStream, event: str, router: str) -> None:
         stream.note(self.streams.instruments.ledger, event, router)

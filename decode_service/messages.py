@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from decode_service.reader import AttachKey
-from decode_service.stream import Stream
+from decode_service.stream import ServedStream
 from decode_service.stream_run import Ended
 from isthmus.convert import extent_to_proto, finish_reason_to_proto, request_to_proto, token_to_proto
 from isthmus.errors import IsthmusError
@@ -15,7 +15,7 @@ from kv_transfer.coverage import clipped
 from kv_transfer.receiver_events import FailedTransfer
 
 
-def stream_tokens(stream: Stream, tokens: Sequence[Token]) -> decode_pb2.StreamTokens:
+def stream_tokens(stream: ServedStream, tokens: Sequence[Token]) -> decode_pb2.StreamTokens:
     """A stream's part of a step's message: these tokens, the first of which the reader has not been sent yet."""
     return decode_pb2.StreamTokens(
         request_id=stream.request_id,
@@ -25,7 +25,7 @@ def stream_tokens(stream: Stream, tokens: Sequence[Token]) -> decode_pb2.StreamT
     )
 
 
-def stream_ended(stream: Stream, ended: Ended) -> decode_pb2.StreamEnded:
+def stream_ended(stream: ServedStream, ended: Ended) -> decode_pb2.StreamEnded:
     return decode_pb2.StreamEnded(
         request_id=stream.request_id,
         counter=stream.reader.attach.counter,
@@ -46,7 +46,7 @@ def refused(request_id: str, counter: int, error: IsthmusError) -> decode_pb2.Re
     )
 
 
-def transfer_failed(stream: Stream, failure: FailedTransfer, layout: KvLayout) -> decode_pb2.TransferFailed:
+def transfer_failed(stream: ServedStream, failure: FailedTransfer, layout: KvLayout) -> decode_pb2.TransferFailed:
     missing = clipped(failure.missing, stream.num_prompt_tokens)
     return decode_pb2.TransferFailed(
         request_id=stream.request_id,
@@ -58,7 +58,7 @@ def transfer_failed(stream: Stream, failure: FailedTransfer, layout: KvLayout) -
     )
 
 
-def rearmed(stream: Stream, layout: KvLayout) -> decode_pb2.Rearmed:
+def rearmed(stream: ServedStream, layout: KvLayout) -> decode_pb2.Rearmed:
     return decode_pb2.Rearmed(
         request_id=stream.request_id,
         transfer_id=stream.transfer_id,
@@ -67,7 +67,7 @@ def rearmed(stream: Stream, layout: KvLayout) -> decode_pb2.Rearmed:
     )
 
 
-def attached(stream: Stream, next_index: int) -> decode_pb2.Attached:
+def attached(stream: ServedStream, next_index: int) -> decode_pb2.Attached:
     """The stream's whole record: what its router needs to go on without this worker."""
     reader = stream.reader
     ids = [token.id for token in stream.tokens]
@@ -82,7 +82,7 @@ def attached(stream: Stream, next_index: int) -> decode_pb2.Attached:
     )
 
 
-def detached(stream: Stream, attach: AttachKey) -> decode_pb2.Detached:
+def detached(stream: ServedStream, attach: AttachKey) -> decode_pb2.Detached:
     """`attach`: who has the stream now."""
     return decode_pb2.Detached(request_id=stream.request_id, attach=_attach_id(attach))
 

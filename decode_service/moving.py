@@ -12,7 +12,7 @@ from functools import partial
 from decode_service import messages
 from decode_service.reader import AttachKey
 from decode_service.step_messages import HandedOver, HandOver
-from decode_service.stream import Phase, Stream
+from decode_service.stream import Phase, ServedStream
 from decode_service.stream_run import StreamRun
 from decode_service.streams import Streams
 from isthmus.errors import IsthmusError
@@ -25,7 +25,7 @@ from kv_transfer.outgoing import TransferOutcome
 class MoveOrder:
     """A router asked for this move."""
 
-    stream: Stream
+    stream: ServedStream
     target: TransferTarget
     attach: AttachKey  # of that router
 
@@ -38,7 +38,7 @@ class Mover:
     _orders: dict[int, MoveOrder] = field(default_factory=dict[int, MoveOrder], init=False)  # wait for the step loop
     _tickets: Iterator[int] = field(default_factory=partial(itertools.count, 1), init=False)
 
-    def move(self, stream: Stream, target: TransferTarget) -> None:
+    def move(self, stream: ServedStream, target: TransferTarget) -> None:
         """`Moved` follows, to whoever reads the stream then."""
         order = MoveOrder(stream, target, stream.reader.attach)
         if stream.phase is not Phase.RUNNING:

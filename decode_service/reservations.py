@@ -6,7 +6,7 @@ from decode_service import messages
 from decode_service.block_reservation import check_request, reserve_blocks
 from decode_service.reader import AttachKey, Reader
 from decode_service.sink import Sink
-from decode_service.stream import Stream
+from decode_service.stream import ServedStream
 from decode_service.stream_run import Ended, StreamRun
 from decode_service.stream_table import MAX_STREAMS
 from decode_service.streams import Streams
@@ -41,7 +41,7 @@ class Reservations:
         """Nothing is reserved any more: the worker drains."""
         self._is_draining = True
 
-    def reserve(self, request: Request, attach: AttachKey, sink: Sink, terms: Terms, now: float) -> Stream:
+    def reserve(self, request: Request, attach: AttachKey, sink: Sink, terms: Terms, now: float) -> ServedStream:
         """Reserves blocks for prompt and max_tokens and opens the receiver for what is missing.
 
         A stream of this request that a lower counter holds makes way; only another router is told. Raises Draining,
@@ -71,7 +71,7 @@ class Reservations:
         stream.note(ledger, "stream.reserved", cached=stream.num_cached_tokens, emitted=num_emitted)
         return stream
 
-    def rearm(self, stream: Stream, attempt: int, fill_timeout_s: float | None, now: float) -> None:
+    def rearm(self, stream: ServedStream, attempt: int, fill_timeout_s: float | None, now: float) -> None:
         """Another writer may fill what is missing, which is then `stream.missing`. Raises StaleOwner."""
         assert stream.run is not None, "a stream that fills has its run"
         deadline = self._fill_deadline(stream.run, fill_timeout_s, now)
@@ -90,7 +90,7 @@ class Reservations:
         if len(self.streams.table) >= MAX_STREAMS:
             raise Overloaded("this decode worker has all the streams it takes", retry_after_s=0.1)
 
-    def _make_way(self, old: Stream, attach: AttachKey, now: float) -> None:
+    def _make_way(self, old: ServedStream, attach: AttachKey, now: float) -> None:
         """Ends the stream that the request has here, for one with a higher counter. Raises StaleOwner for any other."""
         held = old.reader.attach
         if attach.counter <= held.counter:
@@ -100,7 +100,7 @@ class Reservations:
         old.reader.silence()
         self.streams.end(old, Ended(FinishReason.CANCELLED, detail="reserved again"), now)
 
-    def _new_stream(self, request: Request, reader: Reader, terms: Terms, now: float) -> tuple[Stream, StreamRun]:
+    def _new_stream(self, request: Request, reader: Reader, terms: Terms, now: float) -> tuple[ServedStream, StreamRun]:
         engine = self.streams.engine
         blocks = reserve_blocks(engine, request, moves=terms.moves)
         run = StreamRun(
@@ -111,7 +111,7 @@ class Reservations:
             block_table=blocks.block_table,
             num_set_aside=blocks.num_set_aside,
         )
-        stream = Stream(
+        stream = ServedStream(
             request=request,
             reader=reader,
             transfer_id=run.transfer_id,

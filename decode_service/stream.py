@@ -37,7 +37,7 @@ _NEXT_PHASES = {
 
 
 @dataclass(eq=False, slots=True)
-class Stream:
+class ServedStream:
     """Written in the event loop alone, through the methods. `reader` says who reads it.
 
     `tokens` are those that the claim brought and that the step loop has delivered since: what the step loop computes

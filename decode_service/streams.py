@@ -9,7 +9,7 @@ from decode_service import messages
 from decode_service.ports import DecodePorts
 from decode_service.sink import Sink
 from decode_service.step_messages import Emission, JoinBatch, LeaveBatch
-from decode_service.stream import Phase, Stream
+from decode_service.stream import Phase, ServedStream
 from decode_service.stream_run import Ended
 from decode_service.stream_table import StreamTable
 from decode_service.tombstones import Tombstones
@@ -66,11 +66,11 @@ class Streams:
         if not failure.finished:
             stream.reader.tell(messages.transfer_failed(stream, failure, self.engine.layout))
 
-    def give_to_step_loop(self, stream: Stream, now: float) -> None:
+    def give_to_step_loop(self, stream: ServedStream, now: float) -> None:
         """It runs from the next step on."""
         self.ports.post(JoinBatch(stream.give_run(now), self.instruments.progress.num_steps))
 
-    def end(self, stream: Stream, why: Ended, now: float) -> None:
+    def end(self, stream: ServedStream, why: Ended, now: float) -> None:
         """Ends a stream in any phase; one that has ended and is kept is forgotten."""
         stream.ask_end(why)
         match stream.phase:
@@ -87,7 +87,7 @@ class Streams:
                     stream.outgoing.abort(why.finish_reason.value)
                 self._report_end(stream, why, now)
 
-    def moved(self, stream: Stream, now: float) -> None:
+    def moved(self, stream: ServedStream, now: float) -> None:
         """Another worker has the stream: nothing of it is left here, and nobody is told that it ended."""
         stream.end(None, self.engine.pool)
         self._remove(stream, "stream.moved", "", now)
@@ -101,7 +101,7 @@ class Streams:
         self.instruments.failpoints.hit("decode.before_send_tokens")
         step = next(self._steps)
         by_sink: dict[Sink | None, list[decode_pb2.StreamTokens]] = {}
-        ended: list[tuple[Stream, Ended]] = []
+        ended: list[tuple[ServedStream, Ended]] = []
         for emission in emissions:
             stream = self.table.of_transfer(emission.transfer_id)
             assert stream is not None, "a stream is here until its end is delivered"
@@ -121,7 +121,7 @@ class Streams:
         for stream, why in ended:
             self._report_end(stream, why, now)
 
-    def catch_up(self, stream: Stream) -> None:
+    def catch_up(self, stream: ServedStream) -> None:
         """Sends a claimed stream's tokens that its router has not been sent; none are the sign that it is claimed."""
         unsent = stream.tokens[stream.reader.num_sent :]
         part = messages.stream_tokens(stream, unsent)
@@ -135,7 +135,7 @@ class Streams:
             if stream.phase is not Phase.FILLING:
                 self.ports.report.stream_began(stream.request_id)
 
-    def _note_replay(self, stream: Stream, index: int, now: float) -> None:
+    def _note_replay(self, stream: ServedStream, index: int, now: float) -> None:
         """When the emission that begins at `index` brought the last of the emitted tokens."""
         num_emitted = len(stream.request.emitted_token_ids)
         if index < num_emitted <= len(stream.tokens):
@@ -143,7 +143,7 @@ class Streams:
             num_replayed = num_emitted - stream.num_claimed
             stream.note(self.instruments.ledger, "stream.replayed", num_tokens=num_replayed, ms=ms)
 
-    def _report_end(self, stream: Stream, why: Ended, now: float) -> None:
+    def _report_end(self, stream: ServedStream, why: Ended, now: float) -> None:
         if why.reason == DataLoss.reason:
             self.counters.add("replay.mismatch")
         stream.end(why, self.engine.pool)
@@ -159,7 +159,7 @@ class Streams:
         elif stream.tokens:
             self.ports.report.stream_ended(stream.request_id)
 
-    def _remove(self, stream: Stream, event: str, cause: str, now: float) -> None:
+    def _remove(self, stream: ServedStream, event: str, cause: str, now: float) -> None:
         self.table.remove(stream)
         self.tombstones.add(stream.request_id, stream.reader.attach.counter, now)
         self.ports.receiver.release(stream.transfer_id)

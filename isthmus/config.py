@@ -66,7 +66,10 @@ class ServiceConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name_it(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return values if values.get("name") else {**values, "name": f"{cls.role}-{socket.gethostname()}"[:64]}
+        if values.get("name"):
+            return values
+        name = f"{cls.role}-{socket.gethostname()}"
+        return {**values, "name": name[:64]}
 
     @field_validator("redis_url")
     @classmethod

@@ -17,7 +17,7 @@ from types import FrameType
 
 from isthmus.config import RouterConfig, load
 from isthmus.process.rpc import channel
-from isthmus.testing.stack import Client, request, running_stack, status, until
+from isthmus.testing.stack import StackClient, request, running_stack, status, until
 from kv_transfer.ownership.redis import RedisOwnership
 from router.app import Router
 
@@ -49,7 +49,7 @@ async def traced(redis_url: str) -> set[Path]:
     running = asyncio.create_task(router.run())
     try:
         address = await _address_of(router, running)
-        async with Client(address) as client, channel(address):
+        async with StackClient(address) as client, channel(address):
             await client.generate(request("Once upon a time", max_tokens=4))  # what is made once is made
             with noted_files() as files:
                 await client.generate(request("Once upon a time", max_tokens=16))

@@ -20,13 +20,13 @@ def command(port: int, directory: Path) -> tuple[str, ...]:
     return (_binary(), *flags, "--save", "", "--dir", str(directory))
 
 
-class Probe:
-    """As isthmus.cli.probe.Probe, for a Redis at `host:port`."""
+class RedisProbe:
+    """As isthmus.cli.probe.GrpcProbe, for a Redis at `host:port`."""
 
     def __init__(self, address: str):
         self._address = address
 
-    async def __aenter__(self) -> "Probe":
+    async def __aenter__(self) -> "RedisProbe":
         return self
 
     async def __aexit__(self, *_: object) -> None:

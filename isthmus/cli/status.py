@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isthmus.cli import redis_server
-from isthmus.cli.probe import Probe
+from isthmus.cli.probe import GrpcProbe
 from isthmus.cli.state import newest_stack
 from isthmus.cli.table import table
 from isthmus.client.generation import fields_of
@@ -65,7 +65,7 @@ def _known_by_supervisor(stack: dict[str, Any]) -> list[_Known]:
 
 
 async def _known_by_router(address: str) -> list[_Known]:
-    async with Probe(address) as probe:
+    async with GrpcProbe(address) as probe:
         status = await probe.status()
     if status is None:
         raise WorkersUnavailable(f"no router answers at {address}")
@@ -78,9 +78,9 @@ async def _ask(known: _Known) -> dict[str, Any]:
     """The entry of one process; one that does not answer within a second is shown as such."""
     entry: dict[str, Any] = {"name": known.name, "pid": known.pid, **known.addresses, "restarts": known.restarts}
     if "address" in known.addresses:
-        serving = await redis_server.Probe(known.addresses["address"]).is_serving()
+        serving = await redis_server.RedisProbe(known.addresses["address"]).is_serving()
         return entry | {"reachable": serving, "state": "idle" if serving else "unreachable", "serving": serving}
-    async with Probe(known.addresses["grpc"]) as probe:
+    async with GrpcProbe(known.addresses["grpc"]) as probe:
         status = await probe.status()
     if status is None:
         return entry | {"reachable": False, "state": "unreachable", "serving": False, "reason": "no answer within 1 s"}

@@ -11,7 +11,7 @@ from typing import Any
 from isthmus import log
 from isthmus.cli import redis_server
 from isthmus.cli.child import Child
-from isthmus.cli.probe import Probe
+from isthmus.cli.probe import GrpcProbe
 from isthmus.cli.stack import ChildSpec
 from isthmus.cli.state import StateDir, start_ticks
 from isthmus.clock import Clock, SystemClock
@@ -170,11 +170,11 @@ class Supervisor:
                 loop.remove_signal_handler(number)
 
 
-def _probe(child: Child) -> Probe | redis_server.Probe:
-    return redis_server.Probe(child.spec.address) if child.spec.address else Probe(child.spec.grpc or "")
+def _probe(child: Child) -> GrpcProbe | redis_server.RedisProbe:
+    return redis_server.RedisProbe(child.spec.address) if child.spec.address else GrpcProbe(child.spec.grpc or "")
 
 
-async def _why_not(child: Child, probe: Probe | redis_server.Probe) -> str:
+async def _why_not(child: Child, probe: GrpcProbe | redis_server.RedisProbe) -> str:
     ended = f"it ended {child.num_restarts} times, at last with: {child.last_words()}" if child.num_restarts else ""
     return f"{child.spec.name}: {ended or await probe.reason()}; its log: {child.log_path}"
 

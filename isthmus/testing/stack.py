@@ -159,14 +159,14 @@ class Result:
                 raise AssertionError("an empty response")
 
 
-class Client:
+class StackClient:
     """Talks to one router through its real port."""
 
     def __init__(self, address: str):
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_send_message_length", 64 << 20)])
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
-    async def __aenter__(self) -> "Client":
+    async def __aenter__(self) -> "StackClient":
         return self
 
     async def __aexit__(self, *_: object) -> None:

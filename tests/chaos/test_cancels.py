@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import grpc.aio
 import pytest
 
-from isthmus.testing.stack import Client, Stack, request, running_stack, status, until
+from isthmus.testing.stack import Stack, StackClient, request, running_stack, status, until
 from isthmus.v1 import inference_pb2
 from tests.chaos.evidence import SEED
 from tests.chaos.quiet import num_tasks, until_quiet
@@ -33,13 +33,13 @@ def long_prefill(number: int) -> inference_pb2.GenerateRequest:
     return request([10 + number + (7 * k) % 1000 for k in range(LONG_TOKENS)], max_tokens=20, ignore_eos=True)
 
 
-async def ttft_s(client: Client, prompt: str) -> float:
+async def ttft_s(client: StackClient, prompt: str) -> float:
     began = time.monotonic()
     result = await client.generate(request(prompt, max_tokens=2, ignore_eos=True))
     return result.arrival_s[0] - began
 
 
-async def accepted(client: Client, message: inference_pb2.GenerateRequest) -> "grpc.aio.UnaryStreamCall":
+async def accepted(client: StackClient, message: inference_pb2.GenerateRequest) -> "grpc.aio.UnaryStreamCall":
     call = client.stub.Generate(message, timeout=60)
     first = await call.read()
     assert first.WhichOneof("event") == "accepted"
@@ -61,7 +61,7 @@ async def _steps(stack: Stack) -> Sequence[int]:
 
 async def test_ten_cancelled_long_prefills_hardly_delay_a_short_request() -> None:
     with running_stack() as stack:
-        async with Client(stack.router) as client:
+        async with StackClient(stack.router) as client:
             quiet_s = sorted([await ttft_s(client, prompt) for prompt in TEXT_PROMPTS[:5]])[2]
             steps = max(await _steps(stack))
             calls = await asyncio.gather(*(accepted(client, long_prefill(number)) for number in range(NUM_LONG)))
@@ -76,7 +76,7 @@ async def test_ten_cancelled_long_prefills_hardly_delay_a_short_request() -> Non
             await until_quiet(stack, FREE_WITHIN_S)
 
 
-async def cancelled_at_random(client: Client, rng: random.Random) -> str:
+async def cancelled_at_random(client: StackClient, rng: random.Random) -> str:
     """One request of any kind, dropped after a random time or a random number of tokens; how far it was."""
     long = rng.random() < 0.1
     prompt = [rng.randrange(10, 2000) for _ in range(rng.randrange(500, 1500))] if long else rng.choice(TEXT_PROMPTS)
@@ -104,7 +104,7 @@ async def _read(call: "grpc.aio.UnaryStreamCall", heard: list[str], num_events: 
         heard.append("refused")
 
 
-async def storm(client: Client, rng: random.Random, num_requests: int) -> Counter[str]:
+async def storm(client: StackClient, rng: random.Random, num_requests: int) -> Counter[str]:
     """How far the requests were when they were cancelled."""
     gate = asyncio.Semaphore(NUM_AT_ONCE)
 
@@ -118,7 +118,7 @@ async def storm(client: Client, rng: random.Random, num_requests: int) -> Counte
 async def test_a_storm_of_cancels_leaves_nothing() -> None:
     rng = random.Random(SEED)
     with running_stack("--prefill", "2", "--decode", "2") as stack:
-        async with Client(stack.router) as client:
+        async with StackClient(stack.router) as client:
             await storm(client, rng, NUM_AT_ONCE)
             await until_quiet(stack, 5.0)
             before = await num_tasks(stack)

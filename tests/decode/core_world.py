@@ -11,7 +11,7 @@ from decode_service.session import RouterSession
 from decode_service.session_requests import DecodeAddress
 from decode_service.step_loop import DecodeLoop
 from decode_service.step_messages import Emission, HandedOver
-from decode_service.stream import Phase, Stream
+from decode_service.stream import Phase, ServedStream
 from isthmus.convert import request_to_proto, token_from_proto
 from isthmus.errors import StaleOwner
 from isthmus.failpoints import Failpoints
@@ -174,7 +174,7 @@ class CoreWorld:
         """A router that has said hello; `next_index` by request."""
         return FakeRouter(self, name, next_index)
 
-    def stream(self, request_id: str = "a") -> Stream:
+    def stream(self, request_id: str = "a") -> ServedStream:
         stream = self.core.streams.table.get(request_id)
         assert stream is not None
         return stream

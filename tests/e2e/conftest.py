@@ -3,7 +3,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
-from isthmus.testing.stack import Client, Stack, running_stack
+from isthmus.testing.stack import Stack, StackClient, running_stack
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +14,6 @@ def stack() -> Iterator[Stack]:
 
 
 @pytest_asyncio.fixture
-async def client(stack: Stack) -> AsyncIterator[Client]:
-    async with Client(stack.router) as client:
+async def client(stack: Stack) -> AsyncIterator[StackClient]:
+    async with StackClient(stack.router) as client:
         yield client

@@ -10,7 +10,7 @@ import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from isthmus.testing.stack import Client, Result, Stack, request
+from isthmus.testing.stack import Result, Stack, StackClient, request
 from isthmus.v1 import inference_pb2
 
 VOCAB = 2048
@@ -23,12 +23,12 @@ BYSTANDER = request("And it came to pass", max_tokens=80, temperature=0.8, seed=
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def alone(stack: Stack) -> Result:
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         return await client.generate(BYSTANDER)
 
 
 @pytest_asyncio.fixture(autouse=True)
-async def bystander(client: Client, alone: Result) -> AsyncIterator[None]:
+async def bystander(client: StackClient, alone: Result) -> AsyncIterator[None]:
     """A stream that runs beside every bad request and must come out as it does alone."""
     running = asyncio.create_task(client.generate(BYSTANDER))
     await asyncio.sleep(0)
@@ -88,7 +88,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_refused_naming_the_field(client: Client, name: str) -> None:
+async def test_refused_naming_the_field(client: StackClient, name: str) -> None:
     message, field = BAD[name]
     result = await client.failing(message)
     assert result.accepted is None
@@ -100,7 +100,7 @@ async def test_refused_naming_the_field(client: Client, name: str) -> None:
     assert len(result.error.details()) < 1000
 
 
-async def test_both_inputs_on_the_wire_are_refused(client: Client) -> None:
+async def test_both_inputs_on_the_wire_are_refused(client: StackClient) -> None:
     """A client library cannot send two members of a oneof; raw bytes can, and parsing would keep the last."""
     both = request("Hello", max_tokens=3).SerializeToString() + request([5, 6]).SerializeToString()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -110,18 +110,18 @@ async def test_both_inputs_on_the_wire_are_refused(client: Client) -> None:
     assert details(caught.value)[1] == ["input"]
 
 
-async def test_deadline_already_past(client: Client) -> None:
+async def test_deadline_already_past(client: StackClient) -> None:
     result = await client.failing(request("a", max_tokens=4), timeout_s=0.0)
     assert result.error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_deadline_in_the_middle_ends_the_stream(client: Client) -> None:
+async def test_deadline_in_the_middle_ends_the_stream(client: StackClient) -> None:
     result = await client.failing(request("And", max_tokens=2000, ignore_eos=True), timeout_s=0.5)
     assert result.error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert result.token_ids
 
 
-async def test_unknown_model(client: Client) -> None:
+async def test_unknown_model(client: StackClient) -> None:
     message = request("a", max_tokens=4)
     message.model = "gpt-7"
     result = await client.failing(message)
@@ -129,7 +129,7 @@ async def test_unknown_model(client: Client) -> None:
     assert details(result.error)[0].reason == "MODEL_NOT_FOUND"
 
 
-async def test_special_tokens_in_user_text_stay_text(client: Client) -> None:
+async def test_special_tokens_in_user_text_stay_text(client: StackClient) -> None:
     response = await client.stub.Tokenize(inference_pb2.TokenizeRequest(prompt="a<|eos|>b"), timeout=5)
     assert 1 not in list(response.token_ids)
     text = await client.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=list(response.token_ids)), timeout=5)

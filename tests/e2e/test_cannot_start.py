@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from isthmus.testing.stack import Client, Stack, request, running_stack, status, until
+from isthmus.testing.stack import Stack, StackClient, request, running_stack, status, until
 
 BUNDLED = Path(__file__).resolve().parents[2] / "isthmus" / "bundled"
 WEIGHTS = "model.safetensors"
@@ -127,7 +127,7 @@ async def test_a_worker_of_another_layout_stays_not_ready_and_names_the_field() 
 
             await until(says_why, 10, "the odd worker names the field that differs")
             assert not listed.serving
-            async with Client(stack.router) as client:
+            async with StackClient(stack.router) as client:
                 result = await client.generate(request("Hello", max_tokens=4, ignore_eos=True))
             assert result.finished.workers.decode == "decode-0"
         finally:

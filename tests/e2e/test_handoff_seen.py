@@ -11,7 +11,7 @@ import redis.asyncio
 
 from isthmus.cli import main
 from isthmus.kv.prefix import prefix_hashes, prefix_scope
-from isthmus.testing.stack import Client, Result, Stack, ledger, request, status, until
+from isthmus.testing.stack import Result, Stack, StackClient, ledger, request, status, until
 from kv_transfer.ownership.redis import RedisOwnership
 
 
@@ -34,7 +34,7 @@ async def test_the_handoff_is_seen_in_redis_while_it_runs(stack: Stack) -> None:
     seen: dict[str, set[bytes]] = {}
     stop = asyncio.Event()
     watcher = asyncio.create_task(watch_states(stack.redis_url, seen, stop))
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         results = await asyncio.gather(
             *(client.generate(request("And God said " * 60, max_tokens=120, ignore_eos=True, seed=i)) for i in range(6))
         )
@@ -58,7 +58,7 @@ async def test_explain_shows_the_record_that_redis_holds_while_the_stream_runs_a
 ) -> None:
     (prefill,), (decode,) = stack.services("prefill"), stack.services("decode")
     result = Result()
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         stream = client.stream(request("And God said ", max_tokens=1500, ignore_eos=True, seed=1))
         while not result.token_ids:
             result.take(await anext(stream))
@@ -88,7 +88,7 @@ async def test_explain_shows_the_record_that_redis_holds_while_the_stream_runs_a
 
 async def test_redis_lists_the_prompt_blocks_each_worker_holds(stack: Stack) -> None:
     new_to_every_cache = [random.randrange(8, 2048) for _ in range(100)]
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         await client.generate(request(new_to_every_cache, max_tokens=2, ignore_eos=True))
     workers = [*stack.services("prefill"), *stack.services("decode")]
     incarnations = [(await status(worker["grpc"])).incarnation for worker in workers]
@@ -109,7 +109,7 @@ async def test_blocks_cross_a_zeromq_connection(stack: Stack) -> None:
     layout = (await status(decode["grpc"])).layout
     bytes_per_token = sum(plane.num_layers * plane.row_elements * 4 for plane in layout.planes)
     new_to_every_cache = [random.randrange(8, 2048) for _ in range(203)]
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         result = await client.generate(request(new_to_every_cache, max_tokens=4, temperature=0.0, ignore_eos=True))
         timings = result.finished.timings
         assert timings.transfer_bytes == 203 * bytes_per_token
@@ -124,7 +124,7 @@ async def test_the_first_frame_arrives_before_the_last_layer_of_the_first_tile_e
     """Layer-wise publishing, from recorded times; both processes read the same machine's monotonic clock."""
     (prefill,), (decode,) = stack.services("prefill"), stack.services("decode")
     early = 0
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         for number in range(5):
             prompt = f"{number} " + "Fellow citizens of the Senate and House of Representatives, " * 20
             result = await client.generate(request(prompt, max_tokens=3, ignore_eos=True))

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from isthmus.testing.stack import Client, Stack, request, running_stack, status, until
+from isthmus.testing.stack import Stack, StackClient, request, running_stack, status, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -66,7 +66,7 @@ async def test_watch_tells_of_a_stall_and_of_its_end() -> None:
                     changes.append((time.monotonic(), answer.status))
 
         watcher = asyncio.create_task(watch())
-        async with Client(stack.router) as client:
+        async with StackClient(stack.router) as client:
             generating = asyncio.create_task(client.failing_or_not(request("And", max_tokens=40, ignore_eos=True)))
             began = time.monotonic()
             slowest = 0.0
@@ -104,7 +104,7 @@ async def test_a_stopped_worker_is_not_serving_within_4_s() -> None:
 
             await until(shown, 4.0, "the router's view of a frozen worker")
             assert time.monotonic() - began < 4.0
-            async with Client(stack.router) as client:
+            async with StackClient(stack.router) as client:
                 result = await client.generate(request("Hello", max_tokens=5, ignore_eos=True), timeout_s=10)
             assert result.finished.workers.decode != frozen["name"]
         finally:
@@ -128,6 +128,6 @@ async def test_draining_is_not_serving(stack: Stack) -> None:
             )
         assert answer.drained
         assert await check(address) == NOT_SERVING
-        async with Client(own.router) as client:
+        async with StackClient(own.router) as client:
             result = await client.generate(request("Hello", max_tokens=5, ignore_eos=True))
         assert result.finished.workers.decode == own.services("decode")[1]["name"]

@@ -6,7 +6,7 @@ import random
 
 import redis.asyncio
 
-from isthmus.testing.stack import Client, Stack, request, status, until
+from isthmus.testing.stack import Stack, StackClient, request, status, until
 from tests.e2e.prompts import TEXT_PROMPTS
 
 # Tasks, threads, descriptors. A busy machine makes gRPC open another poller (threads and 7 descriptors, kept for good);
@@ -14,7 +14,7 @@ from tests.e2e.prompts import TEXT_PROMPTS
 SLACK = (0, 3, 8)
 
 
-async def one(client: Client, rng: random.Random) -> str:
+async def one(client: StackClient, rng: random.Random) -> str:
     """One request, cancelled at a random moment in half of the cases; what became of it."""
     message = request(
         rng.choice(TEXT_PROMPTS) * rng.randint(1, 4),
@@ -32,7 +32,7 @@ async def one(client: Client, rng: random.Random) -> str:
     return "cancelled by the client"
 
 
-async def load(client: Client, rng: random.Random, num_requests: int) -> list[str]:
+async def load(client: StackClient, rng: random.Random, num_requests: int) -> list[str]:
     """Requests at concurrency 32; what became of each."""
     gate = asyncio.Semaphore(32)
 
@@ -65,7 +65,7 @@ async def is_quiet(stack: Stack) -> bool:
 
 async def test_nothing_is_left_after_mixed_load_with_cancels(stack: Stack) -> None:
     rng = random.Random(11)
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         await load(client, rng, 64)  # gRPC opens its pollers at the first load and keeps them
         await until(lambda: is_quiet(stack), 5, "quiet before")
         before = await resources(stack)
@@ -93,7 +93,7 @@ async def no_request_keys(stack: Stack) -> bool:
 
 
 async def test_a_dropped_call_frees_its_blocks_at_once(stack: Stack) -> None:
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         call = client.stub.Generate(request("And", max_tokens=2000, ignore_eos=True), timeout=60)
         async for response in call:
             if response.WhichOneof("event") == "tokens":

@@ -13,9 +13,9 @@ import grpc.aio
 import pytest
 
 from isthmus.testing.stack import (
-    Client,
     Result,
     Stack,
+    StackClient,
     alive,
     close,
     read_ready,
@@ -39,7 +39,7 @@ def test_sigterm_ends_everything_within_5_s() -> None:
 
 async def test_sigterm_under_load_ends_within_5_s() -> None:
     with running_stack() as stack:
-        async with Client(stack.router) as client:
+        async with StackClient(stack.router) as client:
             message = request("And", max_tokens=2000, ignore_eos=True)
             streams = [asyncio.create_task(client.generate(message)) for _ in range(8)]
             await asyncio.sleep(0.5)
@@ -88,9 +88,9 @@ class _client_loop:  # noqa: N801 - reads as a with-statement
     """A client that is closed in the test's loop."""
 
     def __init__(self, stack: Stack):
-        self._client = Client(stack.router)
+        self._client = StackClient(stack.router)
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> StackClient:
         return self._client
 
     def __exit__(self, *_: object) -> None:

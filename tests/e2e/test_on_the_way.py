@@ -11,7 +11,7 @@ import pytest
 from isthmus.cli.stack import Ports
 from isthmus.testing.processes import Worker, added_worker, until_known
 from isthmus.testing.relay import relayed_port
-from isthmus.testing.stack import Client, Result, Stack, ledger, request, running_stack, status, until
+from isthmus.testing.stack import Result, Stack, StackClient, ledger, request, running_stack, status, until
 from isthmus.v1 import admin_pb2, admin_pb2_grpc, inference_pb2
 
 NUM_STREAMS = 8
@@ -32,7 +32,7 @@ def bits(results: list[Result]) -> list[tuple[object, ...]]:
 
 
 async def streamed(stack: Stack, max_tokens: int) -> list[Result]:
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         return list(await asyncio.gather(*(client.generate(message) for message in asked(max_tokens))))
 
 

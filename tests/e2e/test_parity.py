@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isthmus.testing.stack import Client, request
+from isthmus.testing.stack import StackClient, request
 from tests.e2e.prompts import TEXT_PROMPTS
 
 NUM_TOKENS = 64
@@ -36,7 +36,7 @@ def greedy(model, prompt_ids: list[int]) -> tuple[list[int], torch.Tensor]:
     return out.sequences[0, len(prompt_ids) :].tolist(), torch.cat(out.logits).float()
 
 
-async def test_greedy_tokens_and_logprobs_equal_transformers(client: Client, oracle) -> None:
+async def test_greedy_tokens_and_logprobs_equal_transformers(client: StackClient, oracle) -> None:
     model, tokenizer = oracle
     requests = [
         request(prompt, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=TOP)

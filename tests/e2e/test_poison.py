@@ -6,13 +6,13 @@ import grpc
 import pytest
 
 from isthmus.process.rpc_errors import error_from_rpc
-from isthmus.testing.stack import Client, request, running_stack
+from isthmus.testing.stack import StackClient, request, running_stack
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_request_that_kills_two_workers_ends_and_says_so(role: str) -> None:
     async def check(router: str) -> None:
-        async with Client(router) as client:
+        async with StackClient(router) as client:
             result = await client.failing(request("Once upon a time", max_tokens=40, ignore_eos=True), 60.0)
         assert result.error is not None
         assert result.error.code() is grpc.StatusCode.INTERNAL

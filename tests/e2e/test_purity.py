@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from isthmus.testing.stack import Client, Result, request, running_stack
+from isthmus.testing.stack import Result, StackClient, request, running_stack
 from tests.e2e.prompts import TEXT_PROMPTS
 
 CHAT = [("user", "My name is Anna."), ("assistant", "Hello, Anna!"), ("user", "What is my name?")]
@@ -35,15 +35,15 @@ def bits(result: Result) -> tuple[object, ...]:
     return (tuple(result.token_ids), tuple(result.logprobs), result.text, result.finish_reason)
 
 
-async def one_by_one(client: Client) -> list[tuple[object, ...]]:
+async def one_by_one(client: StackClient) -> list[tuple[object, ...]]:
     return [bits(await client.generate(message)) for message in requests()]
 
 
-async def all_at_once(client: Client) -> list[tuple[object, ...]]:
+async def all_at_once(client: StackClient) -> list[tuple[object, ...]]:
     return [bits(result) for result in await asyncio.gather(*(client.generate(message) for message in requests()))]
 
 
-async def shuffled_among_others(client: Client) -> list[tuple[object, ...]]:
+async def shuffled_among_others(client: StackClient) -> list[tuple[object, ...]]:
     """In random order, staggered, with chats of random length beside them."""
     order = list(enumerate(requests()))
     rng = random.Random(7)
@@ -62,7 +62,7 @@ async def shuffled_among_others(client: Client) -> list[tuple[object, ...]]:
     return [results[number] for number in range(len(order))]
 
 
-async def test_alone_together_and_shuffled_give_the_same_bits(client: Client) -> None:
+async def test_alone_together_and_shuffled_give_the_same_bits(client: StackClient) -> None:
     alone = await one_by_one(client)
     assert await all_at_once(client) == alone
     assert await shuffled_among_others(client) == alone
@@ -73,6 +73,6 @@ async def test_pools_and_block_sizes_give_the_same_bits(dtype: str) -> None:
     answers = []
     for flags in (["--block-size", "16"], ["--block-size", "64", "--prefill", "2", "--decode", "2"]):
         with running_stack("--dtype", dtype, *flags) as stack:
-            async with Client(stack.router) as client:
+            async with StackClient(stack.router) as client:
                 answers.append(await all_at_once(client))
     assert answers[0] == answers[1]

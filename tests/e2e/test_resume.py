@@ -13,7 +13,7 @@ import pytest_asyncio
 import redis
 
 from isthmus.process.rpc_errors import error_from_rpc
-from isthmus.testing.stack import Client, Result, Stack, request, running_stack, status, until
+from isthmus.testing.stack import Result, Stack, StackClient, request, running_stack, status, until
 from isthmus.v1 import inference_pb2, types_pb2
 
 SAMPLINGS = {
@@ -29,9 +29,9 @@ def routers() -> Iterator[Stack]:
 
 
 @pytest_asyncio.fixture
-async def clients(routers: Stack) -> AsyncIterator[tuple[Client, Client]]:
+async def clients(routers: Stack) -> AsyncIterator[tuple[StackClient, StackClient]]:
     first, second = (router["grpc"] for router in routers.services("routers"))
-    async with Client(first) as one, Client(second) as other:
+    async with StackClient(first) as one, StackClient(second) as other:
         yield one, other
 
 
@@ -42,7 +42,7 @@ def ask(kind: str, *, max_tokens: int = 120, kept: bool = True) -> inference_pb2
     return message
 
 
-async def begin(client: Client, message: inference_pb2.GenerateRequest, num_tokens: int) -> Result:
+async def begin(client: StackClient, message: inference_pb2.GenerateRequest, num_tokens: int) -> Result:
     """Leaves the stream after `num_tokens`, as a client that dies."""
     result, call = Result(), client.stub.Generate(message, timeout=60)
     while len(result.token_ids) < num_tokens:
@@ -51,7 +51,7 @@ async def begin(client: Client, message: inference_pb2.GenerateRequest, num_toke
     return result
 
 
-async def resume(client: Client, request_id: str, next_index: int) -> Result:
+async def resume(client: StackClient, request_id: str, next_index: int) -> Result:
     """What comes from `next_index` on."""
     result = Result()
     message = inference_pb2.ResumeRequest(request_id=request_id, next_index=next_index)
@@ -81,7 +81,7 @@ def same_from(index: int, result: Result, whole: Result) -> None:
 
 @pytest.mark.parametrize("kind", SAMPLINGS)
 async def test_a_stream_left_by_its_client_is_resumed_at_another_router(
-    clients: tuple[Client, Client], kind: str
+    clients: tuple[StackClient, StackClient], kind: str
 ) -> None:
     whole = await clients[0].generate(ask(kind, kept=False))
     left = await begin(clients[0], ask(kind), 10)
@@ -91,7 +91,7 @@ async def test_a_stream_left_by_its_client_is_resumed_at_another_router(
 
 
 async def test_a_finished_stream_is_replayed_from_any_index_until_it_is_cancelled(
-    clients: tuple[Client, Client],
+    clients: tuple[StackClient, StackClient],
 ) -> None:
     whole = await clients[0].generate(ask("seeded"))
     assert whole.accepted is not None
@@ -109,7 +109,7 @@ async def test_a_finished_stream_is_replayed_from_any_index_until_it_is_cancelle
     assert error_from_rpc(refusal.value).reason == "STREAM_GONE"
 
 
-async def test_resume_needs_no_redis(routers: Stack, clients: tuple[Client, Client]) -> None:
+async def test_resume_needs_no_redis(routers: Stack, clients: tuple[StackClient, StackClient]) -> None:
     whole = await clients[0].generate(ask("greedy", kept=False))
     left = await begin(clients[0], ask("greedy"), 5)
     assert left.accepted is not None
@@ -118,7 +118,7 @@ async def test_resume_needs_no_redis(routers: Stack, clients: tuple[Client, Clie
     same_from(3, await resume(clients[1], left.accepted.request_id, 3), whole)
 
 
-async def test_the_later_of_two_resumes_has_the_stream(clients: tuple[Client, Client]) -> None:
+async def test_the_later_of_two_resumes_has_the_stream(clients: tuple[StackClient, StackClient]) -> None:
     whole = await clients[0].generate(ask("greedy", max_tokens=600, kept=False))
     left = await begin(clients[0], ask("greedy", max_tokens=600), 5)
     assert left.accepted is not None
@@ -138,7 +138,7 @@ async def test_the_later_of_two_resumes_has_the_stream(clients: tuple[Client, Cl
 @pytest.mark.parametrize("kind", SAMPLINGS)
 @pytest.mark.parametrize("num_emitted", [1, 64, 119, 120])
 async def test_continued_from_its_tokens_the_stream_has_the_same_bits(
-    clients: tuple[Client, Client], kind: str, num_emitted: int
+    clients: tuple[StackClient, StackClient], kind: str, num_emitted: int
 ) -> None:
     whole = await clients[0].generate(ask(kind, kept=False))
     message = ask(kind, kept=False)
@@ -154,13 +154,13 @@ async def test_continued_from_its_tokens_the_stream_has_the_same_bits(
     same_from(num_emitted, result, whole)
 
 
-async def test_tokens_the_model_did_not_emit_are_data_loss(clients: tuple[Client, Client]) -> None:
+async def test_tokens_the_model_did_not_emit_are_data_loss(clients: tuple[StackClient, StackClient]) -> None:
     message = ask("greedy", kept=False)
     message.emitted_token_ids.extend([5, 6, 7, 8])
     assert (await clients[0].failing(message)).error.code() is grpc.StatusCode.DATA_LOSS
 
 
-async def test_nobody_comes_back_and_nothing_is_left(routers: Stack, clients: tuple[Client, Client]) -> None:
+async def test_nobody_comes_back_and_nothing_is_left(routers: Stack, clients: tuple[StackClient, StackClient]) -> None:
     message = ask("greedy", max_tokens=1800)
     message.retention_s = 1
     await begin(clients[0], message, 5)
@@ -175,7 +175,7 @@ async def test_nobody_comes_back_and_nothing_is_left(routers: Stack, clients: tu
 async def test_a_killed_router_loses_no_stream() -> None:
     with running_stack("--routers", "2") as stack:
         first, second = stack.services("routers")
-        async with Client(first["grpc"]) as one, Client(second["grpc"]) as other:
+        async with StackClient(first["grpc"]) as one, StackClient(second["grpc"]) as other:
             whole = await one.generate(ask("seeded", max_tokens=400, kept=False))
             result, call = Result(), one.stub.Generate(ask("seeded", max_tokens=400), timeout=60)
             while len(result.token_ids) < 20:

@@ -7,7 +7,7 @@ import signal
 
 import grpc.aio
 
-from isthmus.testing.stack import Client, Result, Stack, request, running_stack, status, until
+from isthmus.testing.stack import Result, Stack, StackClient, request, running_stack, status, until
 
 GOES_ON_WITHIN_S = 6.0  # 3 s without progress, then prefill and replay on a busy machine
 MESSAGE = request("Once upon a time", max_tokens=400, temperature=0.8, seed=5, ignore_eos=True, logprobs=2)
@@ -20,7 +20,7 @@ async def busy_decode(stack: Stack) -> int:
     return busy.pid
 
 
-async def frozen_mid_stream(client: Client, stack: Stack) -> tuple[Result, int]:
+async def frozen_mid_stream(client: StackClient, stack: Stack) -> tuple[Result, int]:
     """What a stream said whose decode worker froze after some tokens, and which process that was."""
     result, frozen = Result(), 0
     async for response in client.stream(MESSAGE):
@@ -45,7 +45,7 @@ def content(result: Result) -> tuple[object, ...]:
 
 def test_a_stream_goes_on_when_its_decode_worker_freezes_and_the_woken_one_drops_it() -> None:
     async def check(stack: Stack) -> None:
-        async with Client(stack.router) as client:
+        async with StackClient(stack.router) as client:
             quiet = await client.generate(MESSAGE)
             result, frozen = await frozen_mid_stream(client, stack)
             try:

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from isthmus.checkpoint.directory import resolve_model
-from isthmus.testing.stack import Client, Stack, request, running_stack
+from isthmus.testing.stack import Stack, StackClient, request, running_stack
 
 PROMPT = [5, 17, 300, 41, 8, 99]
 
@@ -17,10 +17,10 @@ async def test_ids_in_ids_out_and_no_text(tmp_path: Path, stack: Stack) -> None:
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(bundled / name)
     asked = request(PROMPT, max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=2)
-    async with Client(stack.router) as client:
+    async with StackClient(stack.router) as client:
         expected = await client.generate(asked)
     with running_stack("--model", str(tmp_path)) as without:
-        async with Client(without.router) as client:
+        async with StackClient(without.router) as client:
             answer = await client.generate(asked)
             assert (answer.token_ids, answer.logprobs) == (expected.token_ids, expected.logprobs)
             assert (answer.text, expected.text == "") == ("", False)

@@ -10,7 +10,7 @@ import urllib.request
 import zmq
 import zmq.asyncio
 
-from isthmus.testing.stack import Client, Stack, request, status
+from isthmus.testing.stack import Stack, StackClient, request, status
 
 HEADER_GUESSES = [b"", b"\x00", b"ISTH", b"\x80\x04\x95" + os.urandom(20), os.urandom(200), b"A" * 5000]
 
@@ -48,7 +48,7 @@ def scrape(address: str) -> str:
         return page.read().decode()
 
 
-async def test_garbage_is_refused_and_counted_and_streams_go_on(stack: Stack, client: Client) -> None:
+async def test_garbage_is_refused_and_counted_and_streams_go_on(stack: Stack, client: StackClient) -> None:
     endpoint = stack.services("decode")[0]["zmq"]
     message = request("And it came to pass", max_tokens=200, temperature=0.9, seed=3, ignore_eos=True, logprobs=1)
     alone = await client.generate(message)

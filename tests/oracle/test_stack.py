@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from isthmus.testing.stack import Client, Result, Stack, request, running_stack
+from isthmus.testing.stack import Result, Stack, StackClient, request, running_stack
 from tests.oracle.configs import ARCHITECTURES
 from tests.oracle.models import Write, Written, load_oracle
 from tests.oracle.runs import prompt, run_oracle
@@ -66,7 +66,7 @@ async def test_greedy_tokens_and_logprobs_equal_transformers(served: Served, exc
     requests = [
         request(ids, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=TOP) for ids in prompts()
     ]
-    async with Client(served.stack.router) as client:
+    async with StackClient(served.stack.router) as client:
         results = await asyncio.gather(*(client.generate(message) for message in requests))
     oracle = load_oracle(served.model.oracle)
     for ids, result in zip(prompts(), results, strict=True):
@@ -95,7 +95,7 @@ def compare_logprobs(result: Result, expected: torch.Tensor) -> None:
 
 
 async def test_k_an_end_token_ends_only_streams_that_heed_it(served: Served) -> None:
-    async with Client(served.stack.router) as client:
+    async with StackClient(served.stack.router) as client:
         free, ended = [
             await client.generate(request(prompts()[-1], max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=ignore))
             for ignore in (True, False)
