@@ -1,10 +1,9 @@
-"""What a caller may ask, and the message that asks it. What is allowed is the router's to say."""
+"""The options of a generation, and the message that carries them. The router says which values are allowed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from isthmus.errors import InvalidRequest
-from isthmus.ids import SystemIds
 from isthmus.v1 import inference_pb2, types_pb2
 
 RETENTION_S = 15  # how long a stream that lost its reader is kept running: routers restart in less
@@ -30,7 +29,7 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     min_p: float | None
-    seed: int | None  # one is minted here
+    seed: int | None  # the client makes one up
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     include_stop: bool
@@ -45,8 +44,12 @@ class GenerateOptions(TypedDict, total=False):
 _IDENTITY = ("model", "client_request_id", "tenant", "priority", "emitted_token_ids")
 
 
-def request_of(prompt: str | None, options: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
-    """Resumable and with a seed, so that every repetition gives the same bits. Raises InvalidRequest, TypeError."""
+def request_of(prompt: str | None, options: Mapping[str, Any], *, seed: int) -> inference_pb2.GenerateRequest:
+    """The request, resumable and with a seed, so that every repetition gives the same bits.
+
+    `options`: see GenerateOptions; `seed`: for a request that names none. Raises InvalidRequest for a value that the
+    message cannot hold, TypeError for an option that does not exist.
+    """
     if unknown := options.keys() - GenerateOptions.__annotations__.keys():
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
     given = {key: value for key, value in options.items() if value is not None and key != "timeout_s"}
@@ -56,7 +59,7 @@ def request_of(prompt: str | None, options: Mapping[str, Any]) -> inference_pb2.
         return inference_pb2.GenerateRequest(
             **_input(sources),
             **identity,
-            sampling=_sampling(given),
+            sampling=_sampling(given, seed),
             on_disconnect=types_pb2.ON_DISCONNECT_RETAIN,
             retention_s=RETENTION_S,
         )
@@ -65,11 +68,12 @@ def request_of(prompt: str | None, options: Mapping[str, Any]) -> inference_pb2.
 
 
 def chat_of(messages: Sequence[Message]) -> inference_pb2.Chat:
+    """The messages as the proto file holds them. Raises ValueError for a key other than `role` and `content`."""
     return inference_pb2.Chat(messages=[inference_pb2.ChatMessage(**message) for message in messages])
 
 
-def _sampling(given: Mapping[str, Any]) -> types_pb2.SamplingParams:
-    values: dict[str, Any] = {"seed": SystemIds().seed(), **given}
+def _sampling(given: Mapping[str, Any], seed: int) -> types_pb2.SamplingParams:
+    values: dict[str, Any] = {"seed": seed, **given}
     return types_pb2.SamplingParams(**values)
 
 

@@ -3,12 +3,11 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from isthmus.testing.stack import Stack, running_stack
+from isthmus.testing.stack import Stack
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "client.md").read_text(encoding="utf-8")
@@ -16,12 +15,6 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 SILENT = ("emitted_token_ids",)  # these assert instead of printing
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack("--routers", "2") as stack:
-        yield stack
 
 
 def title(example: str) -> str:

@@ -3,14 +3,14 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from isthmus.client import AsyncClient, Client, Generation
 from isthmus.testing.processes import SERVES_AGAIN_S, left_over, serves, statuses
-from isthmus.testing.stack import Stack, running_stack, until
+from isthmus.testing.stack import Stack, until
 from isthmus.types import FinishReason
 
 pytestmark = pytest.mark.e2e
@@ -18,12 +18,6 @@ ASKED: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 300, "ignor
 KINDS: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "seeded": {"temperature": 0.9, "seed": 11}}
 NUM_STREAMS = 4
 STRUCK_AT = 40  # tokens of the first stream
-
-
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack("--routers", "2", "--prefill", "2", "--decode", "2") as stack:
-        yield stack
 
 
 @pytest.fixture(scope="module")
