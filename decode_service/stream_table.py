@@ -19,6 +19,7 @@ class StreamTable:
 
     _by_request: dict[str, ServedStream] = field(default_factory=dict[str, ServedStream], init=False)
     _by_transfer: dict[str, ServedStream] = field(default_factory=dict[str, ServedStream], init=False)
+    # In the order of their ends:
     _kept: dict[str, ServedStream] = field(
         default_factory=dict[str, ServedStream], init=False
     )  # in the order of their ends
