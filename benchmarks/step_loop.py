@@ -59,7 +59,7 @@ class Feed:
         self._incarnation = SystemIds().incarnation()
         events = TransferEvents(on_ready=self._claimed, on_failed=self._failed)
         memory = PoolMemory(engine.layout, transfer_memory(engine))
-        self.receiver = Receiver(self._incarnation, memory, Ledger(), events, SystemClock()).start()
+        self.receiver = Receiver(self._incarnation, memory, Ledger(SystemClock()), events, SystemClock()).start()
         self._child = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, "--send"], stdin=subprocess.PIPE, text=True
         )
@@ -115,7 +115,10 @@ def send() -> None:
     table = engine.pool.allocate(NUM_TOKENS // engine.layout.block_size)
     with contextlib.closing(
         Sender(
-            SystemIds().incarnation(), PoolMemory(engine.layout, transfer_memory(engine)), Ledger(), SystemClock()
+            SystemIds().incarnation(),
+            PoolMemory(engine.layout, transfer_memory(engine)),
+            Ledger(SystemClock()),
+            SystemClock(),
         ).start()
     ) as sender:
         for line in sys.stdin:

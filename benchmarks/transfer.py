@@ -98,7 +98,9 @@ def receive(load: Load) -> None:
     raw = context.socket(zmq.ROUTER)
     raw.bind("tcp://127.0.0.1:*")
     threading.Thread(target=receive_raw, args=(raw, load, load.pool(0)), daemon=True).start()
-    with closing(Receiver(incarnation, memory_of(load, pool), Ledger(), events, SystemClock()).start()) as receiver:
+    with closing(
+        Receiver(incarnation, memory_of(load, pool), Ledger(SystemClock()), events, SystemClock()).start()
+    ) as receiver:
         tell(endpoint=receiver.endpoint, incarnation=incarnation, raw=raw.getsockopt_string(zmq.LAST_ENDPOINT))
         for line in sys.stdin:
             transfer_id = json.loads(line)["transfer_id"]
@@ -125,7 +127,9 @@ def send(load: Load, places: dict[str, str]) -> None:
     raw.connect(places["raw"])
     source = [np.random.default_rng(layer).bytes(load.frame_bytes) for layer in range(load.num_layers)]
     pool = [np.frombuffer(rows, dtype=np.uint8) for rows in source]
-    with closing(Sender(SystemIds().incarnation(), memory_of(load, pool), Ledger(), SystemClock()).start()) as sender:
+    with closing(
+        Sender(SystemIds().incarnation(), memory_of(load, pool), Ledger(SystemClock()), SystemClock()).start()
+    ) as sender:
         for line in sys.stdin:
             command = json.loads(line)
             begin = time.perf_counter()

@@ -30,7 +30,8 @@ def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
     """Unset fields take their defaults; `max_tokens`, always set between services, is then 0. The seed is not in it."""
     values: dict[str, Any] = {field.name: value for field, value in message.ListFields() if field.name != "seed"}
     values["max_tokens"] = message.max_tokens
-    values["stop"], values["stop_token_ids"] = tuple(message.stop), tuple(message.stop_token_ids)
+    values["stop"] = tuple(message.stop)
+    values["stop_token_ids"] = tuple(message.stop_token_ids)
     values["logit_bias"] = tuple(sorted(message.logit_bias.items()))
     return SamplingParams(**values)
 

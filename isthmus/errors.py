@@ -28,7 +28,10 @@ class IsthmusError(Exception):
 class InvalidRequest(IsthmusError):
     """The request itself is wrong; sending it again gives the same answer."""
 
-    grpc_status, reason, http_status, openai_type = "INVALID_ARGUMENT", "INVALID_REQUEST", 400, "invalid_request_error"
+    grpc_status = "INVALID_ARGUMENT"
+    reason = "INVALID_REQUEST"
+    http_status = 400
+    openai_type = "invalid_request_error"
 
     @classmethod
     def of(cls, field: str, given: object, allowed: str) -> "InvalidRequest":
@@ -39,13 +42,19 @@ class InvalidRequest(IsthmusError):
 
 
 class ModelNotFound(IsthmusError):
-    grpc_status, reason, http_status, openai_type = "NOT_FOUND", "MODEL_NOT_FOUND", 404, "invalid_request_error"
+    grpc_status = "NOT_FOUND"
+    reason = "MODEL_NOT_FOUND"
+    http_status = 404
+    openai_type = "invalid_request_error"
 
 
 class Overloaded(IsthmusError):
     """A bound was reached; nothing was started. Carries RetryInfo."""
 
-    grpc_status, reason, http_status, openai_type = "RESOURCE_EXHAUSTED", "OVERLOADED", 429, "rate_limit_error"
+    grpc_status = "RESOURCE_EXHAUSTED"
+    reason = "OVERLOADED"
+    http_status = 429
+    openai_type = "rate_limit_error"
 
 
 class NoFreeBlocks(Overloaded):
@@ -55,99 +64,133 @@ class NoFreeBlocks(Overloaded):
 class WorkersUnavailable(IsthmusError):
     """No worker of the needed role and numerics class is alive. Carries RetryInfo."""
 
-    grpc_status, reason, http_status = "UNAVAILABLE", "WORKERS_UNAVAILABLE", 503
+    grpc_status = "UNAVAILABLE"
+    reason = "WORKERS_UNAVAILABLE"
+    http_status = 503
 
 
 class Draining(IsthmusError):
-    grpc_status, reason, http_status = "UNAVAILABLE", "DRAINING", 503
+    grpc_status = "UNAVAILABLE"
+    reason = "DRAINING"
+    http_status = 503
 
 
 class WorkerLost(IsthmusError):
-    grpc_status, reason, http_status = "UNAVAILABLE", "WORKER_LOST", 503
+    grpc_status = "UNAVAILABLE"
+    reason = "WORKER_LOST"
+    http_status = 503
 
 
 class DeadlinePassed(IsthmusError):
-    grpc_status, reason, http_status = "DEADLINE_EXCEEDED", "DEADLINE_PASSED", 504
+    grpc_status = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_PASSED"
+    http_status = 504
 
 
 class RequestCancelled(IsthmusError):
-    grpc_status, reason, http_status = "CANCELLED", "CANCELLED", 499
+    grpc_status = "CANCELLED"
+    reason = "CANCELLED"
+    http_status = 499
 
 
 class SlowClient(IsthmusError):
     """The client did not read and its buffer reached the bound."""
 
-    grpc_status, reason, http_status = "RESOURCE_EXHAUSTED", "SLOW_CLIENT", 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+    reason = "SLOW_CLIENT"
+    http_status = 429
 
 
 class NumericsMismatch(IsthmusError):
     """No worker of the stream's numerics class is left."""
 
-    grpc_status, reason, http_status = "FAILED_PRECONDITION", "NUMERICS_MISMATCH", 503
+    grpc_status = "FAILED_PRECONDITION"
+    reason = "NUMERICS_MISMATCH"
+    http_status = 503
 
 
 class LayoutMismatch(IsthmusError):
-    grpc_status, reason, http_status = "FAILED_PRECONDITION", "LAYOUT_MISMATCH", 503
+    grpc_status = "FAILED_PRECONDITION"
+    reason = "LAYOUT_MISMATCH"
+    http_status = 503
 
 
 class StaleOwner(IsthmusError):
     """A message for another incarnation, attempt or attach counter: refused before memory is touched."""
 
-    grpc_status, reason, http_status = "ABORTED", "STALE_OWNER", 409
+    grpc_status = "ABORTED"
+    reason = "STALE_OWNER"
+    http_status = 409
 
 
 class StreamGone(IsthmusError):
     """Nobody holds the stream: it can be continued from its emitted tokens and its seed."""
 
-    grpc_status, reason, http_status, openai_type = "NOT_FOUND", "STREAM_GONE", 404, "invalid_request_error"
+    grpc_status = "NOT_FOUND"
+    reason = "STREAM_GONE"
+    http_status = 404
+    openai_type = "invalid_request_error"
 
 
 class IndexOutOfRange(IsthmusError):
     """Resume from an index the stream has not reached."""
 
-    grpc_status, reason, http_status, openai_type = "OUT_OF_RANGE", "INDEX_OUT_OF_RANGE", 400, "invalid_request_error"
+    grpc_status = "OUT_OF_RANGE"
+    reason = "INDEX_OUT_OF_RANGE"
+    http_status = 400
+    openai_type = "invalid_request_error"
 
 
 class AttachedElsewhere(IsthmusError):
     """Another call took the stream over; this one gets nothing more."""
 
-    grpc_status, reason, http_status = "ABORTED", "ATTACHED_ELSEWHERE", 409
+    grpc_status = "ABORTED"
+    reason = "ATTACHED_ELSEWHERE"
+    http_status = 409
 
 
 class RequestKillsWorkers(IsthmusError):
     """Two workers were lost at the same point of this request; it is not given to a third."""
 
-    grpc_status, reason = "INTERNAL", "REQUEST_KILLS_WORKERS"
+    grpc_status = "INTERNAL"
+    reason = "REQUEST_KILLS_WORKERS"
 
 
 class TransferIncomplete(IsthmusError):
     """Blocks did not arrive, or were refused, within the fill deadline."""
 
-    grpc_status, reason, http_status = "UNAVAILABLE", "TRANSFER_INCOMPLETE", 503
+    grpc_status = "UNAVAILABLE"
+    reason = "TRANSFER_INCOMPLETE"
+    http_status = 503
 
 
 class NonFiniteLogits(IsthmusError):
     """The model gave NaN or infinity for this sequence; others in the batch are not affected."""
 
-    grpc_status, reason = "INTERNAL", "NON_FINITE_LOGITS"
+    grpc_status = "INTERNAL"
+    reason = "NON_FINITE_LOGITS"
 
 
 class DataLoss(IsthmusError):
     """A replayed token differs from the emitted one."""
 
-    grpc_status, reason = "DATA_LOSS", "REPLAY_MISMATCH"
+    grpc_status = "DATA_LOSS"
+    reason = "REPLAY_MISMATCH"
 
 
 class NotYet(IsthmusError):
     """Part of the protocol that this version does not serve yet."""
 
-    grpc_status, reason, http_status = "UNIMPLEMENTED", "NOT_IMPLEMENTED", 501
+    grpc_status = "UNIMPLEMENTED"
+    reason = "NOT_IMPLEMENTED"
+    http_status = 501
 
 
 class CannotStart(IsthmusError):
     """A process cannot start: names the setting and how to mend it; the process exits with status 2."""
 
-    grpc_status, reason = "FAILED_PRECONDITION", "CANNOT_START"
+    grpc_status = "FAILED_PRECONDITION"
+    reason = "CANNOT_START"
 
     def __init__(self, setting: str, problem: str, mend: str):
         super().__init__(f"cannot start: {setting}: {problem}. To mend it: {mend}")

@@ -81,7 +81,9 @@ def _parse_entry(entry: str) -> Failpoint:
     match = _ENTRY.fullmatch(entry)
     if match is None:
         raise ValueError(f"failpoint {entry!r} is not name=sleep(SECONDS)|ACTION[@n|@every(n)]")
-    name, action, seconds = match["name"], match["action"] or "sleep", float(match["seconds"] or 0)
+    name = match["name"]
+    action = match["action"] or "sleep"
+    seconds = float(match["seconds"] or 0)
     if action in WIRE_ACTIONS and name not in WIRE_NAMES:
         raise ValueError(f"failpoint {entry!r}: {action} is for {', '.join(WIRE_NAMES)}")
     if seconds > _MAX_SLEEP_S:

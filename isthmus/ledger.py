@@ -1,15 +1,16 @@
 """The ledger: every state change of requests, blocks and transfers, in a bounded ring read through AdminService."""
 
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass, field
+
+from isthmus.clock import Clock
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEvent:
     sequence: int
-    monotonic_ns: int  # CLOCK_MONOTONIC: comparable between processes of one machine
+    monotonic_ns: int  # of the clock; CLOCK_MONOTONIC is comparable between processes of one machine
     event: str  # e.g. "handoff.claimed"
     request_id: str = ""
     transfer_id: str = ""
@@ -21,7 +22,8 @@ class LedgerEvent:
 class Ledger:
     """A ring of the newest `capacity` events. Any thread may write; the oldest go first."""
 
-    def __init__(self, capacity: int = 20_000):
+    def __init__(self, clock: Clock, capacity: int = 20_000):
+        self._clock = clock
         self._events: deque[LedgerEvent] = deque(maxlen=capacity)
         self._lock = threading.Lock()
         self._sequence = 0
@@ -39,7 +41,7 @@ class Ledger:
         values = {name: str(value) for name, value in fields.items()}
         with self._lock:
             self._sequence += 1
-            now_ns = time.monotonic_ns()
+            now_ns = self._clock.now_ns()
             self._events.append(
                 LedgerEvent(self._sequence, now_ns, event, request_id, transfer_id, attempt, cause, values)
             )

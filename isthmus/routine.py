@@ -63,7 +63,8 @@ class Routine:
     def interrupt(self, cause: Exception, at: float = -FOREVER) -> None:
         """Ends the coroutine with Interrupted(cause) where it waits, at `at` or soon; of several the first counts."""
         if at < self._cause_at:
-            self._cause, self._cause_at = cause, at
+            self._cause = cause
+            self._cause_at = at
             self._ask()
 
     async def pause(self, until: float = FOREVER) -> None:

@@ -11,6 +11,7 @@ from isthmus.types import Extent, TransferTarget
 from kv_transfer.frames import MAX_BODY_BYTES, Buffer, FrameHeader, FrameKind, FrameName, is_intact, seal
 from kv_transfer.messages import encode_credit
 from kv_transfer.outgoing_state import OutgoingState
+from kv_transfer.sender_options import SenderOptions
 from kv_transfer.staging import StagingSlot
 from kv_transfer.wire import LinkLost, Reading, Wire
 
@@ -41,7 +42,8 @@ class Link:
         self.used_at = now  # when the last transfer ended
         self._layout = layout
         self._has_window = False
-        fingerprint, receiver = bytes.fromhex(target.layout_fingerprint), bytes.fromhex(target.receiver_incarnation)
+        fingerprint = bytes.fromhex(target.layout_fingerprint)
+        receiver = bytes.fromhex(target.receiver_incarnation)
         self._blank = FrameHeader(FrameKind.CREDIT, fingerprint, sender, receiver)  # what all headers have in common
 
     def ask_credit(self) -> None:
@@ -96,13 +98,16 @@ class Link:
         """An answer came; the wait starts again if more is due."""
         self.waiting_since = now if self.in_flight else None
 
-    def answer_due(self, timeout_s: float) -> float:
-        """When the answer or credit that is due comes too late."""
-        return inf if self.waiting_since is None else self.waiting_since + timeout_s
+    def given_up(self, options: SenderOptions) -> tuple[float, str]:
+        """When the link goes, as things are, and why: an answer that is due does not come, or nobody uses it."""
+        unanswered = inf if self.waiting_since is None else self.waiting_since + options.ack_timeout_s
+        unused = inf if self.transfers or self.in_flight else self.used_at + options.idle_link_s
+        return min((unanswered, "no answer"), (unused, "idle"))
 
-    def idle_due(self, idle_s: float) -> float:
-        """When the link has been without use for so long that it goes."""
-        return inf if self.transfers or self.in_flight else self.used_at + idle_s
+    def queue(self, transfer: OutgoingState) -> None:
+        """It gets its turn, if it has something to send."""
+        if transfer.has_work and transfer not in self.ready:
+            self.ready.append(transfer)
 
     def find(self, name: FrameName) -> OutgoingState | None:
         """The open transfer that a frame of this name is about."""

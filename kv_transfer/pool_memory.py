@@ -75,7 +75,8 @@ class PoolMemory:
 
     def contiguous(self, place: Place, block_table: Sequence[int], interval: Interval) -> memoryview | None:
         """The rows where they lie, if their blocks are neighbours in order; None otherwise."""
-        first_block, last_block = interval[0] // self.layout.block_size, (interval[1] - 1) // self.layout.block_size
+        first_block = interval[0] // self.layout.block_size
+        last_block = (interval[1] - 1) // self.layout.block_size
         run = _as_run(list(block_table[first_block : last_block + 1]))
         if run is None:
             return None
@@ -105,8 +106,10 @@ class PoolMemory:
         self, plane: str, block_table: Sequence[int], interval: Interval, body: Buffer
     ) -> Iterator[tuple[list[int], slice, Bytes]]:
         """(block ids, their columns, the body's part): a partial first block, whole blocks, a partial last one."""
-        row_bytes, block_size = self.row_bytes(plane), self.layout.block_size
-        rest, (position, end) = np.frombuffer(body, dtype=np.uint8), interval
+        row_bytes = self.row_bytes(plane)
+        block_size = self.layout.block_size
+        rest = np.frombuffer(body, dtype=np.uint8)
+        (position, end) = interval
         while position < end:
             index, offset = divmod(position, block_size)
             num_whole = 0 if offset else (end - position) // block_size

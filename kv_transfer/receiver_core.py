@@ -167,11 +167,9 @@ class ReceiverCore:
 
     def _commit(self, link: bytes, header: FrameHeader, body: Buffer) -> None:
         commit = Commit.decode(body, self._layout)
-        known = self._transfers.find(header.transfer_id)
-        was_claimed = known is not None and known.state is HandoffState.CLAIMED
-        self._transfers.committed(header, commit)
+        had_claimed = self._transfers.committed(header, commit)
         self._link_of[header.transfer_id] = link
-        if was_claimed:  # otherwise acknowledged when the rows are there
+        if had_claimed:  # otherwise acknowledged when the rows are there
             self._replies.ack(link, header.name)
 
     def _abort(self, link: bytes, header: FrameHeader, body: Buffer, now: float) -> None:

@@ -53,14 +53,15 @@ class _Between:
 
 def _transfer(between: _Between, missing: tuple[Extent, ...], timeout_s: float) -> None:
     news: News = queue.SimpleQueue()
-    clock, ids = between.clock, between.ids
+    clock = between.clock
+    ids = between.ids
     table = tuple(range(_NUM_BLOCKS))
     transfer_id = ids.transfer_id()
     receiver_incarnation = ids.incarnation()
     events = TransferEvents(on_ready=news.put, on_failed=news.put)
     options = SenderOptions(staging_bytes=_STAGING_BYTES)
-    receiving = Receiver(receiver_incarnation, between.landing, Ledger(16), events, clock).start()
-    sending = Sender(ids.incarnation(), between.source, Ledger(16), clock, options=options).start()
+    receiving = Receiver(receiver_incarnation, between.landing, Ledger(clock, 16), events, clock).start()
+    sending = Sender(ids.incarnation(), between.source, Ledger(clock, 16), clock, options=options).start()
     with closing(receiving) as receiver, closing(sending) as sender:
         receiver.reserve(Reservation(transfer_id, 1, "self-test", table, missing, clock.now() + timeout_s))
         fingerprint = between.source.layout.fingerprint

@@ -55,12 +55,12 @@ class SenderCore:
         match command:
             case AddRows(rows=rows):
                 transfer.add_rows(rows)
-                self._queue(transfer)
+                self._link_of[command.number].queue(transfer)
             case CommitTransfer(tokens=tokens):
                 if problem := transfer.add_commit(tokens, now):
                     self._abort(transfer, Abort(problem), now)
                 else:
-                    self._queue(transfer)
+                    self._link_of[command.number].queue(transfer)
             case AbortTransfer(reason=reason, finished=finished):
                 self._abort(transfer, Abort(reason, finished=finished), now)
 
@@ -133,11 +133,6 @@ class SenderCore:
         except BadFrame as bad:
             self._drop(link, f"bad answer: {bad}", now)
         return False
-
-    def _queue(self, transfer: OutgoingState) -> None:
-        ready = self._link_of[transfer.opened.number].ready
-        if transfer.has_work and transfer not in ready:
-            ready.append(transfer)
 
     def _send_burst(self, now: float) -> bool:
         """Frames on every link that has something to send and may, each link in turn; True if there is more."""
@@ -242,18 +237,16 @@ class SenderCore:
     def _check_deadlines(self, now: float) -> None:
         options = self._options
         for link in list(self._links.values()):
-            if now >= link.answer_due(options.ack_timeout_s):
-                self._drop(link, "no answer", now)
-            elif now >= link.idle_due(options.idle_link_s):
-                self._drop(link, "idle", now)
+            given_up_at, cause = link.given_up(options)
+            if now >= given_up_at:
+                self._drop(link, cause, now)
         for transfer in list(self._transfers.values()):
             if now >= transfer.commit_due(options.ack_timeout_s):
                 self._abort(transfer, Abort("the commit was not acknowledged"), now)
 
     def _next_deadline(self, now: float) -> float | None:
         options = self._options
-        due = [link.answer_due(options.ack_timeout_s) for link in self._links.values()]
-        due += [link.idle_due(options.idle_link_s) for link in self._links.values()]
+        due = [link.given_up(options)[0] for link in self._links.values()]
         due += [transfer.commit_due(options.ack_timeout_s) for transfer in self._transfers.values()]
         if self._bodies.has_orphans:
             due.append(now + _ORPHAN_S)

@@ -34,7 +34,8 @@ class Staging:
         return None
 
     def release(self, slot: StagingSlot) -> None:
-        first, end = slot.first_page, slot.first_page + slot.num_pages
+        first = slot.first_page
+        end = slot.first_page + slot.num_pages
         at = bisect_left(self._free, (first, end))
         if at < len(self._free) and self._free[at][0] == end:
             end = self._free.pop(at)[1]

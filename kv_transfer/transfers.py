@@ -112,9 +112,6 @@ class IncomingTransfers:
     def __iter__(self) -> Iterator[IncomingTransfer]:
         return iter(self._transfers.values())
 
-    def find(self, transfer_id: str) -> IncomingTransfer | None:
-        return self._transfers.get(transfer_id)
-
     def reserve(self, reservation: Reservation) -> None:
         """Raises StaleOwner for a live or ended id, Overloaded at the bound, ValueError for bad extents."""
         transfer_id = reservation.transfer_id
@@ -179,9 +176,10 @@ class IncomingTransfers:
         self._claim_if_complete(transfer)
         return accept
 
-    def committed(self, header: FrameHeader, commit: Commit) -> None:
-        """The commit came; it waits for the rows. A second one changes nothing."""
+    def committed(self, header: FrameHeader, commit: Commit) -> bool:
+        """The commit came; it waits for the rows. A second one changes nothing. True if all was claimed before."""
         transfer = self.check(header)
+        had_claimed = transfer.state is HandoffState.CLAIMED
         expected = self.layout.required(transfer.expected)
         if normalised(self.layout, commit.extents) != transfer.reservation.wanted(expected, len(commit.tokens)):
             raise BadFrame(Refusal.WRONG_EXTENTS)
@@ -189,6 +187,7 @@ class IncomingTransfers:
             self._begin_filling(transfer, header)
             transfer.commit = commit
             self._claim_if_complete(transfer)
+        return had_claimed
 
     def abort(self, transfer_id: str, cause: str, now: float) -> IncomingTransfer | None:
         """Ends an unclaimed transfer. An id never seen gets a tombstone; a claimed one is left alone."""

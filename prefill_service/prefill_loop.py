@@ -13,7 +13,7 @@ from isthmus.steps import TILE, PrefillChunk, SamplingInput, StepResult
 from isthmus.text.finish import finish_reason
 from isthmus.v1 import prefill_pb2
 from prefill_service.ports import LoopPorts
-from prefill_service.prompt import Chunk, Prompt
+from prefill_service.prompt import Prompt, PromptChunk
 from prefill_service.publish import Abandoned, publish_rows, send_cached_prefix, transfer_done
 from prefill_service.scheduler import plan
 
@@ -116,7 +116,7 @@ class PrefillLoop:
         prompt.send_by(transfer)
         send_cached_prefix(prompt, self._engine.layout)
 
-    def _step(self, chunks: list[Chunk]) -> None:
+    def _step(self, chunks: list[PromptChunk]) -> None:
         """Computes them; whatever fails ends the prompts of this step and no others."""
         self._instruments.progress.begin_work()
         try:
@@ -130,7 +130,7 @@ class PrefillLoop:
                 self._end(prompt, IsthmusError(f"prefill step failed: {type(error).__name__}"))
         self._instruments.progress.step_done()
 
-    def _compute(self, chunks: list[Chunk]) -> None:
+    def _compute(self, chunks: list[PromptChunk]) -> None:
         """One pass, published layer by layer, and token 0 of the prompts that end in it. Raises Abandoned."""
         self._instruments.failpoints.hit("prefill.step")
         began_at = self._ports.now()
@@ -152,7 +152,7 @@ class PrefillLoop:
         self._instruments.progress.idle()
         self._engine.check_device()  # transfers may have lost it; no step would ever tell
 
-    def _account(self, chunk: Chunk, began_at: float, ended_at: float) -> None:
+    def _account(self, chunk: PromptChunk, began_at: float, ended_at: float) -> None:
         prompt, start, num_tokens = chunk
         prompt.end_tile(num_tokens, ended_at)
         ms = round(1000 * (ended_at - began_at), 2)
@@ -212,5 +212,5 @@ class PrefillLoop:
         self.num_ended += 1
 
 
-def _engine_chunk(chunk: Chunk) -> PrefillChunk:
+def _engine_chunk(chunk: PromptChunk) -> PrefillChunk:
     return PrefillChunk(chunk.token_ids, chunk.start, chunk.prompt.block_table, needs_logits=chunk.ends_prompt)

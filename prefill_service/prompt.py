@@ -80,7 +80,7 @@ class Prompt:
         return 0.0 if self.first_tile_at is None else 1000 * (self.last_tile_at - self.first_tile_at)
 
 
-class Chunk(NamedTuple):
+class PromptChunk(NamedTuple):
     """Positions [start, start + num_tokens) of a prompt, computed in one step."""
 
     prompt: Prompt

@@ -6,14 +6,14 @@ from isthmus.kv.layout import KvLayout
 from isthmus.v1 import prefill_pb2
 from kv_transfer.outgoing import TransferOutcome
 from prefill_service.ports import LoopPorts
-from prefill_service.prompt import Chunk, Prompt
+from prefill_service.prompt import Prompt, PromptChunk
 
 
 class Abandoned(Exception):
     """Most rows of the step are of cancelled prompts, or of ones out of time: the pass stops between two layers."""
 
 
-def publish_rows(chunks: Sequence[Chunk], ports: LoopPorts, plane: str, layer: int) -> None:
+def publish_rows(chunks: Sequence[PromptChunk], ports: LoopPorts, plane: str, layer: int) -> None:
     """`on_stored` of one step: hands the rows of this plane and layer to the transfers. Raises Abandoned.
 
     With less than half of the rows wanted, computing the others again in a step of their own is cheaper. Their bits
@@ -56,7 +56,7 @@ def transfer_done(prompt: Prompt, blocks: Sequence[int], ports: LoopPorts, outco
     prompt.emit(prefill_pb2.PrefillResponse(done=done))
 
 
-def _num_rows(chunks: Sequence[Chunk]) -> int:
+def _num_rows(chunks: Sequence[PromptChunk]) -> int:
     return sum(chunk.num_tokens for chunk in chunks)
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from prefill_service.prompt import Chunk, Prompt
+from prefill_service.prompt import Prompt, PromptChunk
 
 
-def plan(prompts: Sequence[Prompt], tile: int, tile_budget: int) -> list[Chunk]:
+def plan(prompts: Sequence[Prompt], tile: int, tile_budget: int) -> list[PromptChunk]:
     """At most `tile_budget` tokens, dealt one tile at a time in arrival order, so that a short prompt never waits for
     the whole of a long one. Chunks end on absolute multiples of `tile` or at the prompt's end."""
     planned = {id(prompt): 0 for prompt in prompts}
@@ -18,7 +18,7 @@ def plan(prompts: Sequence[Prompt], tile: int, tile_budget: int) -> list[Chunk]:
             planned[id(prompt)] += num_tokens
             budget -= num_tokens
             progress = progress or num_tokens > 0
-    chunks = [Chunk(prompt, prompt.num_computed_tokens, planned[id(prompt)]) for prompt in prompts]
+    chunks = [PromptChunk(prompt, prompt.num_computed_tokens, planned[id(prompt)]) for prompt in prompts]
     return [chunk for chunk in chunks if chunk.num_tokens > 0]
 
 

@@ -45,7 +45,7 @@ class Router:
         self.identity = Identity(config.name, "router", SystemIds().incarnation())
         self._clock = SystemClock()
         self._health = HealthState(ProgressWatch(self._clock))
-        self._ledger = Ledger()
+        self._ledger = Ledger(self._clock)
         self._metrics = Metrics()
         self._admission = Admission(config.max_streams, config.max_queue)
         self._server = InferenceServer(config)

@@ -85,7 +85,7 @@ DRIVERS: dict[str, tuple[str, str]] = {  # file -> (kinds, why)
     "isthmus/kv/block_pool.py": ("thread", "a lock: counts are read by the lease thread"),
     "isthmus/process/health.py": ("thread", "a lock: the step thread reports progress"),
     "kv_transfer/counters.py": ("thread", "a lock: every thread counts"),
-    "isthmus/ledger.py": ("thread clock", "a lock; an event carries the clock's time"),
+    "isthmus/ledger.py": ("thread", "a lock: every thread records"),
     "isthmus/failpoints.py": ("thread process clock", "stops, delays or kills where a test says"),
     # The border with the machine.
     "isthmus/config.py": ("socket", "this machine's name"),

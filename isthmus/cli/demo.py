@@ -116,7 +116,9 @@ def _row(exchange: Exchange) -> list[str]:
     finished = exchange.generation.finished
     if finished is None:
         return [exchange.title, *"-" * 9, _answer(exchange)[:60]]
-    usage, timings, workers = finished.usage, finished.timings, finished.workers
+    usage = finished.usage
+    timings = finished.timings
+    workers = finished.workers
     return [
         exchange.title,
         str(usage.num_prompt_tokens),

@@ -11,7 +11,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> None:
-    signal_number, parent, command = int(argv[1]), int(argv[2]), argv[3:]
+    signal_number = int(argv[1])
+    parent = int(argv[2])
+    command = argv[3:]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

@@ -7,7 +7,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
-_UP, _CLEAR_BELOW = "\x1b[A", "\x1b[J"
+_UP = "\x1b[A"
+_CLEAR_BELOW = "\x1b[J"
 _REDRAW_S = 0.05
 _TITLE_WIDTH = 14
 _WIDTH = 100
@@ -78,7 +79,8 @@ class LiveScreen:
         lines = [_tail(title, text, self._columns) for title, text in self._running.items()]
         self._out.write((_UP * self._num_drawn) + "\r" + _CLEAR_BELOW + above + "".join(f"{line}\n" for line in lines))
         self._out.flush()
-        self._num_drawn, self._drawn_at = len(lines), time.monotonic()
+        self._num_drawn = len(lines)
+        self._drawn_at = time.monotonic()
 
 
 def _block(title: str, question: str, text: str, width: int) -> str:

@@ -129,7 +129,8 @@ class Supervisor:
 
     async def _wait_serving(self, children: Sequence[Child], timeout_s: float) -> None:
         """Raises StackFailed naming who does not serve, why, and where its log is."""
-        deadline, next_look = self._clock.now() + timeout_s, self._clock.now() + _LOOK_S
+        deadline = self._clock.now() + timeout_s
+        next_look = self._clock.now() + _LOOK_S
         async with contextlib.AsyncExitStack() as opened:
             waiting = {child: await opened.enter_async_context(_probe(child)) for child in children}
             while True:

@@ -15,7 +15,8 @@ from isthmus.cli.stack import Ports, StackSpec, plan
 from isthmus.cli.state import StateDir, noted, open_state_dir
 from isthmus.cli.supervisor import StackFailed, Supervision, Supervisor
 
-_UP, _CLEAR_BELOW = "\x1b[A", "\x1b[J"
+_UP = "\x1b[A"
+_CLEAR_BELOW = "\x1b[J"
 _BAR_WIDTH = 30
 _LOADED = re.compile(r"weights loaded: ([\d,]+) of ([\d,]+) MiB")  # isthmus.worker.engine_start says so
 

@@ -150,7 +150,8 @@ async def _mapped(context: grpc.aio.ServicerContext[Any, Any], method: str) -> A
             error_id = secrets.token_hex(8)
             _log.exception("rpc.failed", error, method=method, error_id=error_id)
             shown = IsthmusError(f"internal error {error_id}")
-        status, code = status_of(shown), grpc.StatusCode[shown.grpc_status]
+        status = status_of(shown)
+        code = grpc.StatusCode[shown.grpc_status]
         await context.abort(code, status.message, ((_DETAILS_KEY, status.SerializeToString()),))
 
 

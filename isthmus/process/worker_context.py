@@ -28,7 +28,7 @@ class WorkerContext:
         return cls(
             identity=Identity(config.name, config.role, ids.incarnation()),
             clock=clock,
-            ledger=Ledger(),
+            ledger=Ledger(clock),
             metrics=Metrics(),
             health=HealthState(ProgressWatch(clock)),
             failpoints=Failpoints.parse(config.failpoints),

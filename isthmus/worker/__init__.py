@@ -1,1 +1,1 @@
-"""What prefill and decode workers share. Reaches torch through the engine."""
+"""What prefill and decode workers share. `engine_start` and `app` reach torch through the engine, the rest does not."""

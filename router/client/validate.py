@@ -36,7 +36,8 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 100.0  # below it logits overflow fp32 long before the result differs from 0
+MIN_TEMPERATURE = 0.001  # below it logits overflow fp32 long before the result differs from 0
+MAX_TEMPERATURE = 100.0
 MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_PRIORITY = 100
@@ -78,7 +79,8 @@ def check_wire(raw: bytes, max_prompt_bytes: int) -> None:
         inputs |= {number} & _INPUTS.keys()
         num_bytes[number] = num_bytes.get(number, 0) + end - start
         if num_bytes[number] > max_prompt_bytes and number != _SAMPLING:
-            given, allowed = f"{num_bytes[number]} bytes", f"at most {max_prompt_bytes} bytes"
+            given = f"{num_bytes[number]} bytes"
+            allowed = f"at most {max_prompt_bytes} bytes"
             raise InvalidRequest.of(_LONG.get(number, "request"), given, allowed)
         if number in _REPEATED:
             _check_wire_entries(raw, start, end, number)

@@ -25,7 +25,8 @@ from router.pool.policy import NO_NEW_WORK_S
 HELLO_TIMEOUT_S = 2.0
 BLIP_TIMEOUT_S = 0.5  # to come back to the streams of a lost connection: a worker keeps them a little longer
 ANSWER_TIMEOUT_S = 2.0  # to a reservation, an attach or a rearm
-FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.05, 1.0
+FIRST_BACKOFF_S = 0.05
+LAST_BACKOFF_S = 1.0
 _log = get_logger("router.session")
 
 

@@ -43,7 +43,7 @@ async def main(config: DecodeConfig) -> None:
         return admin_pb2.GetStatusResponse(blocks=admin_pb2.BlockCounts(total=10, free=9, cached=2, referenced=1))
 
     role = config.name.partition("-")[0]
-    hooks = ServiceHooks(status, drained, Ledger(), Metrics())
+    hooks = ServiceHooks(status, drained, Ledger(clock), Metrics())
     identity = Identity(config.name, role, SystemIds().incarnation())
     await serve_until_signal(
         Face(config, identity, health, hooks, clock, "isthmus.v1.DecodeService", lambda _server: None), work

@@ -1,4 +1,4 @@
-"""The blocking stream as a driver: who cancels finds the call and its id, whatever the reading thread does just then."""
+"""The blocking stream as a driver: who cancels finds the call and its id, whatever the reading thread does."""
 
 import signal
 import threading

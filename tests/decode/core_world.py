@@ -152,7 +152,7 @@ class CoreWorld:
     def __init__(self, *, num_blocks: int = 64, max_batch: int = 8, runs_ahead: bool = False, **engine: Any):
         self.clock = ManualClock()
         self.engine = FakeDecodeEngine(num_blocks, runs_ahead=runs_ahead, **engine)
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.clock)
         instruments = Instruments(self.ledger, Failpoints(), ProgressWatch(self.clock))
         self.results: deque[Sequence[Emission] | HandedOver] = deque()
         self.loop = DecodeLoop(self.engine, max_batch, instruments, self.results.append, self.results.append)

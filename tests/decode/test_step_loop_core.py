@@ -35,7 +35,7 @@ class Bench:
         self.clock = ManualClock()
         self.engine = FakeDecodeEngine(256, runs_ahead=runs_ahead, on_step=on_step)
         self.said: list[Emission | HandedOver] = []
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.clock)
         self.progress = ProgressWatch(self.clock)
         instruments = Instruments(self.ledger, Failpoints(), self.progress)
         self.loop = DecodeLoop(self.engine, max_batch, instruments, self.said.extend, self.said.append)

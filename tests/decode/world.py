@@ -84,7 +84,7 @@ class Prefill:
         self.sender = Sender(
             SystemIds().incarnation(),
             PoolMemory(self.engine.layout, transfer_memory(self.engine)),
-            Ledger(),
+            Ledger(SystemClock()),
             SystemClock(),
         ).start()
 
@@ -168,7 +168,7 @@ class Worker:
         self.identity = Identity(name, "decode", SystemIds().incarnation())
         watch = ProgressWatch(clock)
         self.context = WorkerContext(
-            self.identity, clock, Ledger(), Metrics(), HealthState(watch), _Gated(failpoints, self)
+            self.identity, clock, Ledger(clock), Metrics(), HealthState(watch), _Gated(failpoints, self)
         )
         self.mirror = MirrorTask(store, SystemClock(), lambda: self.streams.restate())
         self.report = OwnershipReport(self.mirror.report, self.identity.incarnation)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from isthmus.clock import SystemClock
 from isthmus.ledger import Ledger
 from isthmus.testing.memory_wire import Body, MemoryNetwork
 from isthmus.types import Extent, Token, TransferTarget
@@ -76,7 +77,9 @@ class World:
         events = TransferEvents(self._claimed, self._failed, lambda change: self.states.append(change.cause))
         self.ids = (f"{rng.getrandbits(128):032x}" for _ in range(100))
         self.incarnation = next(self.ids)
-        self.receiver = TimedReceiver(self.incarnation, self.landing.memory, Ledger(), events, network.wires, options)
+        self.receiver = TimedReceiver(
+            self.incarnation, self.landing.memory, Ledger(SystemClock()), events, network.wires, options
+        )
         self.pools = [Pool(seed=seed + number, layout=DRAFTING, num_blocks=NUM_BLOCKS) for number in (1, 1)]
         self.source = {place: rows.copy() for place, rows in self.pools[0].rows.items()}
         self.senders = [self._sender(pool) for pool in self.pools]
@@ -85,7 +88,7 @@ class World:
 
     def _sender(self, pool: Pool) -> TimedSender:
         options = SenderOptions(staging_bytes=8192, max_frame_bytes=self.rng.choice([100, 500]), ack_timeout_s=0.5)
-        return TimedSender(next(self.ids), pool.memory, Ledger(), self.network.wires, options)
+        return TimedSender(next(self.ids), pool.memory, Ledger(SystemClock()), self.network.wires, options)
 
     def begin(self, number: int) -> None:
         rng = self.rng

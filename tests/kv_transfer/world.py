@@ -84,7 +84,7 @@ class DecodeSide:
     news: "queue.SimpleQueue[ClaimedTransfer | FailedTransfer]" = field(default_factory=queue.SimpleQueue)
 
     def __enter__(self) -> "DecodeSide":
-        self.ledger = Ledger()
+        self.ledger = Ledger(SystemClock())
         events = TransferEvents(on_ready=self.news.put, on_failed=self.news.put)
         receiver = Receiver(self.incarnation, self.pool.memory, self.ledger, events, SystemClock(), self.options)
         self.receiver = receiver.start()
@@ -113,7 +113,7 @@ class DecodeSide:
 
 
 def started_sender(memory: PoolMemory, options: SenderOptions | None = None) -> Sender:
-    return Sender(SystemIds().incarnation(), memory, Ledger(), SystemClock(), options=options).start()
+    return Sender(SystemIds().incarnation(), memory, Ledger(SystemClock()), SystemClock(), options=options).start()
 
 
 @dataclass

@@ -126,7 +126,7 @@ class PrefillWorld:
         self.clock = ManualClock()
         self.engine = SteppedEngine(num_blocks, self.clock, **engine)
         self.sender = FakeSender()
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.clock)
         self.progress = ProgressWatch(self.clock)
         instruments = Instruments(self.ledger, Failpoints.parse(failpoints), self.progress)
         ports = LoopPorts(self.engine, self.sender, self.clock.now, instruments)

@@ -37,7 +37,8 @@ class Running:
         self.clock = SystemClock()
         self.health = HealthState(ProgressWatch(self.clock, stall_s=0.3))
         self.identity = Identity(self.config.name, "router", "ab" * 16)
-        self.metrics, self.ledger = Metrics(), Ledger()
+        self.metrics = Metrics()
+        self.ledger = Ledger(self.clock)
         self.drains: list[float] = []
         self.left = 0
         self.stored_handoffs: ReadStoredHandoffs | None = None

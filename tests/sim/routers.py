@@ -43,7 +43,7 @@ class SimRouter:
         self.is_alive = True
         self.connections: list[Any] = []  # ended when the process dies
         self.ids = SeededIds(time)
-        self.ledger = Ledger()
+        self.ledger = Ledger(time)
         self._store = store
         self._find = find
         admission = Admission(max_streams=64, max_queue=64)

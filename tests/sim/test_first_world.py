@@ -24,6 +24,6 @@ def test_a_seed_gives_the_same_run_again() -> None:
     for _ in range(2):
         world = FirstWorld(7)
         world.run()
-        events = [(e.sequence, e.event, e.request_id) for e in world.processes["router-0"].ledger.read()]
+        events = [(e.monotonic_ns, e.event, e.request_id) for e in world.processes["router-0"].ledger.read()]
         stories.append((world.time.now(), [client.token_ids for client in world.clients], events))
     assert stories[0] == stories[1]

@@ -54,7 +54,7 @@ class SimWorker:
         self.is_alive = True
         self.connections: list[Any] = []  # ended when the process dies
         self.ids = SeededIds(time)
-        self.ledger = Ledger()
+        self.ledger = Ledger(time)
         self.identity = Identity(name, role, self.ids.incarnation(), grpc_address=f"{name}:1", http_address=f"{name}:2")
         self.health = HealthState(ProgressWatch(time))
         self.instruments = Instruments(self.ledger, Failpoints(), self.health.watch)
