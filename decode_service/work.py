@@ -6,7 +6,7 @@ here and a line in `next_work`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from decode_service.stream_run import Settled, StreamRun
@@ -62,10 +62,7 @@ class Continue:
     run: StreamRun
     token: int | FromPrevious
     num_tokens: int  # up to and with `token`
-
-    @property
-    def num_rows(self) -> int:
-        return 1
+    num_rows: int = field(default=1, init=False)
 
     @property
     def num_positions(self) -> int:
