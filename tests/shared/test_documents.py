@@ -30,3 +30,24 @@ def test_every_file_a_document_names_exists(document: str) -> None:
         r"`((?:router|decode_service|prefill_service|kv_transfer|kernels|isthmus|tools|benchmarks)/[\w/]+\.\w+)`", text
     )
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_name_of_the_glossary_is_where_it_says() -> None:
+    """A place is a file or package and, after it, names: `router` `Attempt`. A message's name needs no place."""
+    missing: list[str] = []
+    rows = [row for row in (ROOT / "docs" / "glossary.md").read_text().splitlines() if row.startswith("| **")]
+    for row in rows:
+        text = text_below(ROOT / "proto")
+        for quoted in re.findall(r"`([^`]+)`", row.strip("| ").split(" | ")[-1]):
+            if (ROOT / quoted).exists():
+                text += text_below(ROOT / quoted)
+            elif re.fullmatch(r"[A-Za-z_.]+", quoted):
+                missing += [f"{row[:40]}: {name}" for name in quoted.split(".") if not re.search(rf"\b{name}\b", text)]
+    assert rows
+    assert missing == []
+
+
+def text_below(place: Path) -> str:
+    """Of a file, or of every Python and proto file of a folder."""
+    files = [place] if place.is_file() else [file for file in place.rglob("*") if file.suffix in (".py", ".proto")]
+    return "\n".join(file.read_text() for file in files)
