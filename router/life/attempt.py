@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Self
 
 from isthmus.convert import request_to_proto
-from isthmus.errors import IsthmusError, StaleOwner, TransferIncomplete
+from isthmus.errors import StaleOwner, TransferIncomplete
 from isthmus.routine import FOREVER
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, inference_pb2, prefill_pb2, types_pb2
