@@ -180,7 +180,7 @@ class Session:
             case "leaving":
                 self.is_leaving = True
                 for stream in self._streams.values():
-                    if stream.answer.has_come:  # else it may be placed elsewhere yet
+                    if stream.answer.has_come and not stream.is_ended:  # else it may be placed elsewhere yet
                         stream.source.put(message.leaving, now)
                 self.on_change()
             case "attached":
