@@ -44,7 +44,7 @@ def test_small_requests_do_not_starve_a_large_one(router: RouterUnderTest) -> No
     calls = {f"before {i}": router.call(ask(f"small {i}", max_tokens=20)) for i in range(2)}
     router.time.run_until(lambda: len(decode.streams) == 2, "the first small ones run")
     calls["large"] = router.call(ask("L" * 200, max_tokens=20))
-    router.time.run_until(lambda: len(decode.reserves) >= 3, "the large one asks")
+    router.time.run_until(lambda: not router.admission.reserving.num_free, "the large one has asked, and waits")
     for i in range(12):
         calls[f"behind {i}"] = router.call(ask(f"small, later {i}", max_tokens=20))
 
