@@ -118,7 +118,7 @@ class ScriptedDecode:
         self.connections[connection] = hello.router_incarnation
         next_index = {cursor.request_id: cursor.next_index for cursor in hello.streams}
         for request_id, stream in list(self.streams.items()):
-            if stream.router == hello.router_incarnation and request_id not in next_index and not stream.is_kept:
+            if stream.router == hello.router_incarnation and request_id not in next_index:
                 self._drop(stream)
         answer = decode_pb2.DecodeHello(
             incarnation=self.incarnation,
@@ -138,9 +138,7 @@ class ScriptedDecode:
             case "reserve":
                 self._reserve(connection, message.reserve)
             case "cancel":
-                self.cancels.append(message.cancel)
-                if stream := self.streams.get(message.cancel.request_id):
-                    self._end(stream, message.cancel.finish_reason, 0)
+                self._cancel(message.cancel)
             case "rearm":
                 self._rearm(connection, message.rearm)
             case "attach":
@@ -238,6 +236,14 @@ class ScriptedDecode:
     def _refuse(self, connection: Connection, request_id: str, counter: int, error: IsthmusError) -> None:
         refused = decode_pb2.Refused(request_id=request_id, counter=counter, reason=error.reason, detail=error.detail)
         connection.say(refused=refused)
+
+    def _cancel(self, cancel: decode_pb2.CancelStream) -> None:
+        """Of a router that has the stream no longer it is ignored."""
+        self.cancels.append(cancel)
+        stream = self.streams.get(cancel.request_id)
+        is_theirs = stream is not None and stream.router == cancel.attach.router_incarnation
+        if stream is not None and is_theirs and cancel.attach.counter >= stream.counter:
+            self._end(stream, cancel.finish_reason, 0)
 
     def _rearm(self, connection: Connection, rearm: decode_pb2.Rearm) -> None:
         self.rearms.append(rearm)
@@ -371,6 +377,7 @@ class ScriptedPrefill:
     crash: Callable[[int], IsthmusError | None] = lambda call: None  # the same, but with the prompt begun
     holds: bool = False  # the first token, until `release`
     commits: bool = True
+    breaks_s: float | None = None  # after a commit, instead of Done
     compute_s: float = 0.0
     is_up: bool = True
     done: prefill_pb2.Done = field(
@@ -413,6 +420,11 @@ class ScriptedPrefill:
         for run in list(self.runs):
             self._compute(run)
 
+    def lose(self, run: PrefillRun) -> None:
+        """As if the worker had died of it."""
+        if not run.is_over:
+            self._fail(run, WorkerLost("crashed"))
+
     def go_down(self) -> None:
         self.is_up = False
         for run in list(self.runs):
@@ -448,6 +460,9 @@ class ScriptedPrefill:
         elif self.commits and not self.wires.commit(target.transfer_id, target.attempt):
             done.acked = False
             done.failure = "no such transfer"
+        elif self.breaks_s is not None:
+            self.wires.time.after(self.breaks_s, partial(self.lose, run))
+            return
         self._note_over(run)
         run.listener.take(prefill_pb2.PrefillResponse(done=done), self.wires.time.now())
 
