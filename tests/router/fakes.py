@@ -71,8 +71,8 @@ class Cluster:
     def latency_s(self) -> float:
         return LATENCY_S if self.most_latency_s is None else self.time.random.uniform(0, self.most_latency_s)
 
-    def commit(self, transfer_id: str, attempt: int) -> bool:
-        return any(worker.commit(transfer_id, attempt) for worker in self.decode)
+    def commit(self, transfer_id: str, attempt: int, num_tokens: int = 0) -> bool:
+        return any(worker.commit(transfer_id, attempt, num_tokens) for worker in self.decode)
 
     def abort(self, transfer_id: str) -> None:
         for worker in self.decode:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from isthmus.convert import layout_to_proto
-from isthmus.errors import IsthmusError, StaleOwner, StreamGone, WorkerLost
+from isthmus.errors import IndexOutOfRange, IsthmusError, StaleOwner, StreamGone, WorkerLost
 from isthmus.ids import Ids
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
 from isthmus.v1 import decode_pb2, prefill_pb2, types_pb2
@@ -49,8 +49,8 @@ class Wires(Protocol):
         """Of the next message, each way."""
         ...
 
-    def commit(self, transfer_id: str, attempt: int) -> bool:
-        """The blocks of a transfer have arrived at the worker that awaits them. False when nobody does."""
+    def commit(self, transfer_id: str, attempt: int, num_tokens: int = 0) -> bool:
+        """The blocks of a transfer have arrived at the worker that awaits them, and so many tokens. False: nobody."""
         ...
 
     def abort(self, transfer_id: str) -> None:
@@ -77,7 +77,7 @@ class ScriptedStream:
     connection: Connection
     is_kept: bool  # retained without a reader
     attempt: int = 1
-    num_sent: int = 0
+    num_sent: int = 0  # also what it was begun or moved with
     is_claimed: bool = False
     step: Any = None  # the next one, while it is due
 
@@ -175,12 +175,13 @@ class ScriptedDecode:
         stream = self.streams.get(request_id)
         return None if stream is None else stream.num_sent
 
-    def commit(self, transfer_id: str, attempt: int) -> bool:
-        """The prompt's blocks and token 0 have arrived."""
+    def commit(self, transfer_id: str, attempt: int, num_tokens: int = 0) -> bool:
+        """The blocks have arrived, and token 0 or what another decode worker has."""
         for stream in self.streams.values():
             if stream.transfer_id == transfer_id and stream.attempt <= attempt:
                 if not stream.is_claimed:
                     stream.is_claimed = True
+                    stream.num_sent = max(stream.num_sent, num_tokens)
                     self._start(stream, len(stream.request.emitted_token_ids))
                 return True
         return False
@@ -215,6 +216,7 @@ class ScriptedDecode:
             router=reserve.attach.router_incarnation,
             connection=connection,
             is_kept=reserve.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN,
+            num_sent=len(reserve.request.emitted_token_ids),
         )
         reserved = decode_pb2.Reserved(
             request_id=request_id,
@@ -268,6 +270,9 @@ class ScriptedDecode:
         if stream is None:
             self._refuse(connection, attach.request_id, 0, StreamGone("not here"))
             return
+        if attach.next_index > stream.num_sent:
+            self._refuse(connection, attach.request_id, 0, IndexOutOfRange("beyond its end"))
+            return
         stream.counter += 1
         now = decode_pb2.AttachId(router_incarnation=attach.attach.router_incarnation, counter=stream.counter)
         if stream.connection is not connection:
@@ -295,7 +300,7 @@ class ScriptedDecode:
         stream = self.streams.get(move.request_id)
         if stream is None or not self.moves_streams:
             return
-        is_taken = self.wires.commit(move.target.transfer_id, 1)
+        is_taken = self.wires.commit(move.target.transfer_id, 1, stream.num_sent)
         if is_taken:
             self._drop(stream)
         failure = "" if is_taken else "no such transfer"

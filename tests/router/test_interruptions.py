@@ -7,6 +7,7 @@ import pytest
 from isthmus.errors import (
     AttachedElsewhere,
     DeadlinePassed,
+    IndexOutOfRange,
     Overloaded,
     RequestCancelled,
     WorkerLost,
@@ -148,6 +149,47 @@ def test_a_resume_that_gets_no_slot_leaves_the_stream_with_its_worker(cluster: C
         assert other.until_over().result.tokens == (SCRIPT[:30] if other.error is None else b"")
     home.is_quiet()
     busy.is_quiet()
+
+
+def test_a_resume_that_is_refused_leaves_the_stream_with_the_call_that_has_it(router: RouterUnderTest) -> None:
+    """The client has token 0 from prefill; decode has nothing yet, so there is no stream to go on with."""
+    router.cluster.prefill[0].commits = False
+    call = router.call(retained(max_tokens=60))
+    call.read(1)
+
+    with pytest.raises(IndexOutOfRange):
+        router.resume(call.request_id, 1).to_the_end()
+
+    router.cluster.serving().commit(router.cluster.prefill[0].requests[0].target.transfer_id, 1)
+    assert call.to_the_end().tokens == LONG
+
+
+def test_of_two_that_resume_at_once_the_later_has_the_stream(router: RouterUnderTest) -> None:
+    for worker in router.cluster.decode:
+        worker.token_interval_s = 0.05
+    call = router.call(retained(max_tokens=60))
+    call.read(5)
+    call.leave()
+    worker = router.cluster.serving()
+    first = router.resume(call.request_id, 5)
+    second = router.resume(call.request_id, 3)
+    router.time.run_until(lambda: len(worker.attaches) == 2, "both ask")
+
+    assert second.to_the_end().tokens == LONG[3:]
+    assert isinstance(first.until_over().error, AttachedElsewhere)
+
+
+def test_who_has_the_stream_goes_on_with_it_when_a_resume_is_given_up(router: RouterUnderTest) -> None:
+    for worker in router.cluster.decode:
+        worker.token_interval_s = 0.05
+    call = router.call(retained(max_tokens=60))
+    call.read(5)
+    again = router.resume(call.request_id, 0)
+    router.time.run_until(lambda: router.cluster.serving().attaches, "attached there")
+
+    again.leave()  # before the worker's answer has come
+
+    assert call.to_the_end().tokens == LONG
 
 
 @pytest.mark.parametrize("moment", ["looking", "attaching", "accepting"])
