@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Self
 
 from isthmus.convert import request_to_proto
-from isthmus.errors import IsthmusError, StaleOwner, TransferIncomplete
+from isthmus.errors import StaleOwner, TransferIncomplete
 from isthmus.routine import FOREVER
 from isthmus.types import FinishReason
 from isthmus.v1 import decode_pb2, inference_pb2, prefill_pb2, types_pb2
@@ -268,15 +268,16 @@ class Attempt:
 
     def _note_prefill_over(self, event: prefill_pb2.Done | Failed) -> None:
         self._is_prefill_over = True
-        has_others = False
         if isinstance(event, prefill_pb2.Done):
             self._opened.times.done = event
-            if event.acked or self.has_claim or self._needs_no_decode:
-                return
-            error: IsthmusError = TransferIncomplete(f"the prompt's blocks did not arrive: {event.failure}")
-        elif self.has_claim:
-            return
-        else:
+        if self.has_claim or self._needs_no_decode or self._opened.delivery.finish_reason is not None:
+            return  # nobody needs the blocks any more; of a request that is over decode may have refused them
+        has_others = False
+        if isinstance(event, Failed):
             error = event.error
             has_others = event.has_others
+        elif event.acked:
+            return
+        else:
+            error = TransferIncomplete(f"the prompt's blocks did not arrive: {event.failure}")
         raise AttemptFailed("prefill", error, was_computing=self._is_prefill_computing, has_others=has_others)

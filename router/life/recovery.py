@@ -47,17 +47,20 @@ class Recovery:
 
     async def mend(self, attempt: Attempt, failed: AttemptFailed) -> None:
         """Goes on with the attempt as long as only prefill workers fail. Raises AttemptFailed when decode is lost."""
-        while True:
-            await attempt.flush()  # what came before the failure is good
-            if failed.role == "decode" or attempt.prefill is None:
-                raise failed
-            await self._refill(attempt, failed)
-            try:
-                await attempt.run()
-            except AttemptFailed as again:
-                failed = again
-            else:
-                return
+        try:
+            while True:
+                await attempt.flush()  # what came before the failure is good
+                if failed.role == "decode" or attempt.prefill is None:
+                    raise failed
+                await self._refill(attempt, failed)
+                try:
+                    await attempt.run()
+                except AttemptFailed as again:
+                    failed = again
+                else:
+                    return
+        finally:
+            self.leave_quarantine()  # however the attempt ends
 
     async def try_again(self, need: Need, failed: AttemptFailed, has_left: Callable[[], bool]) -> None:
         """Attempt after attempt: each replays what the client has and computes the same tokens from there.

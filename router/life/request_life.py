@@ -15,6 +15,7 @@ from isthmus.errors import (
     DeadlinePassed,
     Draining,
     IsthmusError,
+    Overloaded,
     RequestCancelled,
     SlowClient,
     reason_of,
@@ -99,7 +100,7 @@ class RequestLife:
         self._routine = Routine(self._driver.ready)
         self._opened: OpenedRequest | None = None
         self._is_telling = False
-        self._is_known = False  # the client has been told the request's id: it can come back for it
+        self._is_known = False  # the client knows the request's id: it can come back for it
         self._has_left = False
         self.is_over = False
 
@@ -108,6 +109,7 @@ class RequestLife:
         self._routine.begin(self._serve(opened))
 
     def resume(self, wish: ResumeWish) -> None:
+        self._is_known = True
         self._routine.begin(self._resume(wish))
 
     def turn(self, now: float) -> float | None:
@@ -188,7 +190,11 @@ class RequestLife:
                 opened.record(self._lives.parts.ledger, "request.resumed", index=opened.delivery.num_tokens)
                 await self._attempts(opened, need, place)
 
-            await self._with_slot(opened, work)
+            try:
+                await self._with_slot(opened, work)
+            except Overloaded:  # it got no slot: the stream stays where it is, for another try
+                place.stream.let_go()
+                raise
 
     async def _with_slot(self, opened: OpenedRequest, work: Callable[[Order], Awaitable[None]]) -> None:
         """Runs `work` in a slot, then tells the end; of a request ended by a Cancel call too."""

@@ -77,6 +77,8 @@ class Session:
     is_leaving: bool = field(default=False, init=False)  # the worker drains
     has_met: bool = field(default=False, init=False)  # the first try to connect is over
     _streams: dict[str, DecodeStream] = field(default_factory=dict[str, DecodeStream], init=False)
+    # Asked for and not yet answered. Whoever has such a stream here keeps it until the worker agrees.
+    _attaching: dict[str, DecodeStream] = field(default_factory=dict[str, DecodeStream], init=False)
     _heard_at: float = field(default=0.0, init=False)  # of the present connection
     _backoff_s: float = field(default=FIRST_BACKOFF_S, init=False)
 
@@ -90,7 +92,7 @@ class Session:
 
     @property
     def num_streams(self) -> int:
-        return len(self._streams)
+        return len(self._streams) + len(self._attaching)
 
     def is_silent(self, now: float) -> bool:
         """Running streams here and no message for a while: the worker's step hangs, whatever its heartbeats say."""
@@ -103,13 +105,20 @@ class Session:
 
     def reserve(self, reserve: decode_pb2.Reserve, source: Source, now: float) -> DecodeStream:
         """Asks for blocks; the stream's `answer` follows. Raises WorkersUnavailable without a session."""
-        stream = self._begin(reserve.request.request_id, reserve.attach.counter, source, now)
+        self._check_alive()
+        request_id = reserve.request.request_id
+        stream = DecodeStream(self, request_id, reserve.attach.counter, source, Answer(source.wake))
+        self._take_over(stream, now)
         self._send(decode_pb2.SessionRequest(reserve=reserve), now)
         return stream
 
     def attach(self, request_id: str, next_index: int, source: Source, now: float) -> DecodeStream:
         """Takes over a stream, whoever has it; its `answer` follows. Raises WorkersUnavailable without a session."""
-        stream = self._begin(request_id, 0, source, now, next_index=next_index)
+        self._check_alive()
+        stream = DecodeStream(self, request_id, 0, source, Answer(source.wake), next_index=next_index)
+        if (earlier := self._attaching.get(request_id)) is not None:
+            earlier.finish(Failed(AttachedElsewhere("another call took the stream over")), now)
+        self._attaching[request_id] = stream
         attach = decode_pb2.Attach(request_id=request_id, attach=self.attach_id(0), next_index=next_index)
         self._send(decode_pb2.SessionRequest(attach=attach), now)
         return stream
@@ -143,8 +152,9 @@ class Session:
 
     def forget(self, stream: DecodeStream) -> None:
         """No message of this stream is delivered any more."""
-        if self._streams.get(stream.request_id) is stream:
-            del self._streams[stream.request_id]
+        for streams in (self._streams, self._attaching):
+            if streams.get(stream.request_id) is stream:
+                del streams[stream.request_id]
         self.on_change()
 
     def opening(self) -> Opening:
@@ -181,12 +191,14 @@ class Session:
             case "leaving":
                 self.is_leaving = True
                 for stream in self._streams.values():
-                    if stream.answer.has_come:  # else it may be placed elsewhere yet
+                    if stream.answer.has_come and not stream.is_ended:  # else it may be placed elsewhere yet
                         stream.source.put(message.leaving, now)
                 self.on_change()
             case "attached":
-                self._tell(message.attached.request.request_id, message.attached, now)
-            case "reserved" | "refused" | "ended" | "transfer_failed" | "rearmed" | "detached" | "moved" as kind:
+                self._take_attached(message.attached, now)
+            case "refused":
+                self._take_refused(message.refused, now)
+            case "reserved" | "ended" | "transfer_failed" | "rearmed" | "detached" | "moved" as kind:
                 said = getattr(message, kind)
                 self._tell(said.request_id, said, now)
             case other:
@@ -198,7 +210,7 @@ class Session:
         is_blip = self.is_alive and not self.is_silent(now)  # a peer that froze will not shake hands either
         if is_blip:
             self.hello = None
-            for stream in [s for s in self._streams.values() if not s.answer.has_come or s.rearmed is not None]:
+            for stream in [s for s in self._all_streams() if not s.answer.has_come or s.rearmed is not None]:
                 stream.refuse(WorkersUnavailable("the session broke off"), now)  # whether it was heard, nobody knows
         else:
             self.abandon(f"the decode worker was lost: {problem}", now)
@@ -217,22 +229,39 @@ class Session:
             self.link.hang_up()
         was_alive = self.is_alive
         self.hello = None
-        lost = [stream for stream in self._streams.values() if not stream.is_ended]
+        lost = [stream for stream in self._all_streams() if not stream.is_ended]
         for stream in lost:
             stream.finish(Failed(WorkerLost(why), has_others=len(lost) > 1), now)
         if was_alive:
             _log.info("session.given_up", worker=self.peer.decode_name, why=why)
             self.on_change()
 
-    def _begin(self, request_id: str, counter: int, source: Source, now: float, *, next_index: int = 0) -> DecodeStream:
+    def _take_attached(self, attached: decode_pb2.Attached, now: float) -> None:
+        request_id = attached.request.request_id
+        if (asked := self._attaching.pop(request_id, None)) is not None:
+            self._take_over(asked, now)  # else nobody waits any more: who has the stream here goes on with it
+        self._tell(request_id, attached, now)
+
+    def _take_refused(self, refused: decode_pb2.Refused, now: float) -> None:
+        """An attach is asked for with counter 0, everything else with the counter of a stream."""
+        if refused.counter == 0 and (asked := self._attaching.pop(refused.request_id, None)) is not None:
+            asked.take(refused, now)
+        else:
+            self._tell(refused.request_id, refused, now)
+
+    def _check_alive(self) -> None:
         if not self.is_alive:
             raise WorkersUnavailable("no session with the decode worker")
-        if (other := self._streams.get(request_id)) is not None:  # resumed at the router that still has it
+
+    def _all_streams(self) -> list[DecodeStream]:
+        return [*self._streams.values(), *self._attaching.values()]
+
+    def _take_over(self, stream: DecodeStream, now: float) -> None:
+        """The request's stream from now on. Who had it at this router before is told so."""
+        if (other := self._streams.get(stream.request_id)) is not None:
             other.let_go()
             other.source.put(Failed(AttachedElsewhere("another call took the stream over")), now)
-        stream = DecodeStream(self, request_id, counter, source, Answer(source.wake), next_index=next_index)
-        self._streams[request_id] = stream
-        return stream
+        self._streams[stream.request_id] = stream
 
     def _send(self, message: decode_pb2.SessionRequest, now: float) -> None:
         assert self.link is not None, "a session has its link before anybody knows it"

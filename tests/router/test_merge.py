@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import DataLoss
-from router.merge import TokenMerge
+from isthmus.text.token_merge import TokenMerge
 
 Copy = tuple[int, list[int]]
 

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
-from router.affinity import STRIDE_TOKENS, PrefixAffinity, prompt_prefixes
-from router.policy import (
+from isthmus.kv.prefix import prefix_hashes, prefix_scope
+from router.pool.policy import (
     MAX_TOKENS_AHEAD,
+    STRIDE_TOKENS,
     DecodeView,
     NumericsClass,
     PrefillView,
+    PrefixAffinity,
     choose_class,
     choose_prefill,
     rank_decode,
@@ -17,6 +19,10 @@ ONE = NumericsClass("model", "layout", "numerics-1")
 TWO = NumericsClass("model", "layout", "numerics-2")
 DECODE = DecodeView("d", ONE, block_size=16, total_blocks=100, reported_free_blocks=100, reserved_blocks=0)
 PREFILL = PrefillView("p", ONE, num_tokens_ahead=0, num_queued=0)
+
+
+def prefixes(prompt: list[int], tenant: str) -> list[bytes]:
+    return prefix_hashes(prompt, STRIDE_TOKENS, prefix_scope("layout", tenant=tenant))
 
 
 def decode(incarnation: str, **changes: object) -> DecodeView:
@@ -80,19 +86,19 @@ def test_nobody_is_handed_more_than_two_tile_budgets() -> None:
 def test_affinity_remembers_the_last_worker_of_each_prefix() -> None:
     prompt = list(range(3 * STRIDE_TOKENS))
     affinity = PrefixAffinity()
-    affinity.remember(prompt_prefixes(prompt, "t"), ("a", "d"))
-    affinity.remember(prompt_prefixes(prompt[:STRIDE_TOKENS], "t"), ("b", "d"))
+    affinity.remember(prefixes(prompt, "t"), ("a", "d"))
+    affinity.remember(prefixes(prompt[:STRIDE_TOKENS], "t"), ("b", "d"))
 
-    longer = prompt_prefixes([*prompt, 1, 2], "t")
+    longer = prefixes([*prompt, 1, 2], "t")
     assert affinity.num_prefix_tokens(longer, "a") == 3 * STRIDE_TOKENS
     assert affinity.num_prefix_tokens(longer, "b") == STRIDE_TOKENS
     assert affinity.num_prefix_tokens(longer, "d") == 3 * STRIDE_TOKENS
-    assert affinity.num_prefix_tokens(prompt_prefixes(prompt, "other"), "a") == 0
+    assert affinity.num_prefix_tokens(prefixes(prompt, "other"), "a") == 0
 
 
 def test_affinity_is_bounded() -> None:
     affinity = PrefixAffinity(max_prefixes=2)
     for first in range(5):
-        affinity.remember(prompt_prefixes([first] * STRIDE_TOKENS, ""), ("a",))
-    known = [affinity.num_prefix_tokens(prompt_prefixes([i] * STRIDE_TOKENS, ""), "a") > 0 for i in range(5)]
+        affinity.remember(prefixes([first] * STRIDE_TOKENS, ""), ("a",))
+    known = [affinity.num_prefix_tokens(prefixes([i] * STRIDE_TOKENS, ""), "a") > 0 for i in range(5)]
     assert known == [False, False, False, True, True]

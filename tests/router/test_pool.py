@@ -1,162 +1,219 @@
-"""Which workers are used: leases, sessions, stalls, numerics classes, and Redis going away."""
+"""Which workers are used: leases, sessions, stalls, numerics classes, and Redis going away. In virtual time."""
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from isthmus.clock import SystemClock
 from isthmus.errors import InvalidRequest, IsthmusError
-from kv_transfer.ownership.memory import MemoryOwnership
-from kv_transfer.ownership.store import StoreUnavailable, WorkerRecord
-from tests.router.fakes import SCRIPT, Cluster, RunningRouter, ask, rest, running_router, until
-
-
-class BreakableStore(MemoryOwnership):
-    """The in-memory twin, until it is switched off."""
-
-    is_down = False
-
-    async def list_workers(self) -> list[WorkerRecord]:
-        if self.is_down:
-            raise StoreUnavailable("down")
-        return await super().list_workers()
+from router.pool.policy import NO_NEW_WORK_S
+from router.pool.worker_pool import UNLISTED_S
+from tests.router.fakes import VIEW_INTERVAL_S, Cluster, RouterUnderTest, ask
+from tests.router.scripted_links import LATENCY_S
+from tests.router.scripted_workers import SCRIPT
 
 
 @pytest.fixture
-async def cluster() -> AsyncIterator[Cluster]:
-    made = Cluster(store=BreakableStore(SystemClock()))
-    await made.add_decode()
-    await made.add_prefill()
-    yield made
-    await made.close()
+def cluster() -> Cluster:
+    made = Cluster()
+    made.add_decode()
+    made.add_prefill()
+    return made
 
 
 @pytest.fixture
-async def router(cluster: Cluster) -> AsyncIterator[RunningRouter]:
-    async with running_router(cluster) as running:
-        yield running
-        await running.is_quiet()
+def router(cluster: Cluster) -> Iterator[RouterUnderTest]:
+    router = RouterUnderTest(cluster).meet_workers()
+    yield router
+    router.is_quiet()
 
 
-async def test_serves_on_while_redis_is_down(router: RunningRouter) -> None:
-    store = router.cluster.store
-    assert isinstance(store, BreakableStore)
-    store.is_down = True
-    await until(lambda: router.pool.is_degraded, "degraded")
+def test_serves_on_while_redis_is_down(router: RouterUnderTest) -> None:
+    router.cluster.is_registry_down = True
+    router.time.run_until(lambda: router.pool.is_degraded, "degraded")
+    router.time.run_for(60.0)
 
-    assert (await router.generate(ask(max_tokens=5))).text == "The q"
+    assert router.generate(ask(max_tokens=5)).text == "The q"
 
-    store.is_down = False
-    await until(lambda: not router.pool.is_degraded, "back")
+    router.cluster.is_registry_down = False
+    router.time.run_until(lambda: not router.pool.is_degraded, "back")
 
 
-async def test_a_flushed_registry_stops_placement_and_ends_no_stream(router: RunningRouter) -> None:
-    router.cluster.decode[0].token_interval_s = 0.01
-    running = asyncio.create_task(router.generate(ask(max_tokens=60)))
-    await until(lambda: len(router.cluster.decode[0].streams) == 1, "decoding")
+def test_a_flushed_registry_stops_placement_and_ends_no_stream(router: RouterUnderTest) -> None:
+    decode = router.cluster.decode[0]
+    decode.token_interval_s = 0.1
+    running = router.call(ask(max_tokens=60))
+    router.time.run_until(lambda: len(decode.streams) == 1, "decoding")
+    records = dict(router.cluster.records)
+    router.cluster.records.clear()
+    flushed_at = router.time.now()
 
-    for record in router.cluster.records.values():
-        await router.cluster.store.drop_worker(record.incarnation)
-    await until(lambda: not router.pool.usable_prefill() and not router.pool.usable_decode(), "view refreshed")
+    def is_unused() -> bool:
+        return not (router.pool.usable_prefill(router.time.now()) or router.pool.usable_decode(router.time.now()))
 
-    assert router.pool.decode[router.cluster.decode[0].incarnation].session.is_alive
-    assert len((await running).token_ids) == 60
-    for record in router.cluster.records.values():
-        await router.cluster.register(record)
-    assert (await router.generate(ask(max_tokens=3))).text == "The"
+    router.time.run_until(is_unused, "view refreshed")
+    assert router.time.now() - flushed_at >= UNLISTED_S - VIEW_INTERVAL_S
+    assert router.pool.decode[decode.incarnation].session.is_alive
+    assert running.to_the_end().tokens == (SCRIPT * 2)[:60]
+    router.cluster.records.update(records)
+    assert router.generate(ask(max_tokens=3)).text == "The"
 
 
 @pytest.mark.parametrize("changes", [{"serving": False}, {"seconds_since_progress": 1.5}])
-async def test_a_worker_without_progress_or_draining_gets_no_new_work(router: RunningRouter, changes: dict) -> None:  # type: ignore[type-arg]
-    spare = await router.cluster.add_decode("d1")
-    await until(lambda: len(router.pool.usable_decode()) == 2, "both")
-    await router.cluster.change(router.cluster.decode[0].incarnation, **changes)
-    await until(lambda: len(router.pool.usable_decode()) == 1, "one left")
+def test_a_worker_without_progress_or_draining_gets_no_new_work(
+    router: RouterUnderTest, changes: dict[str, Any]
+) -> None:
+    spare = router.cluster.add_decode("d1")
+    router.meet_workers()
+    router.cluster.change(router.cluster.decode[0].incarnation, **changes)
+    router.time.run_until(lambda: len(router.pool.usable_decode(router.time.now())) == 1, "one left")
 
-    await router.generate(ask(max_tokens=5))
+    router.generate(ask(max_tokens=5))
 
     assert len(spare.reserves) == 1
     assert not router.cluster.decode[0].reserves
 
 
-async def test_a_stalled_decode_worker_loses_its_streams_to_another(router: RunningRouter) -> None:
+def test_a_stalled_decode_worker_loses_its_streams_to_another(router: RouterUnderTest) -> None:
     first = router.cluster.decode[0]
     first.max_tokens_sent = 3
     call = router.call(ask(max_tokens=50))
-    tokens = [(await call.read()).tokens]
-    while tokens[-1].index < 2:
-        tokens.append((await call.read()).tokens)
-    spare = await router.cluster.add_decode("d1")
+    call.read(3)
+    spare = router.cluster.add_decode("d1")
 
-    await router.cluster.change(first.incarnation, state="stalled", serving=False, seconds_since_progress=3.1)
+    router.cluster.change(first.incarnation, state="stalled", serving=False, seconds_since_progress=3.1)
 
-    tokens += [response.tokens async for response in rest(call)]
-    assert bytes(token.id for chunk in tokens for token in chunk.tokens) == (SCRIPT * 2)[:50]
+    assert call.to_the_end().tokens == (SCRIPT * 2)[:50]
     assert len(spare.reserves[0].request.emitted_token_ids) == 3
 
 
-async def test_a_stalled_prefill_worker_loses_its_requests_to_another(router: RunningRouter) -> None:
+def test_a_stalled_prefill_worker_loses_its_requests_to_another(router: RouterUnderTest) -> None:
     first = router.cluster.prefill[0]
-    first.hold_first_token = asyncio.Event()
-    running = asyncio.create_task(router.generate(ask(max_tokens=5)))
-    await until(lambda: len(first.requests) == 1, "prefilling")
-    spare = await router.cluster.add_prefill("p1")
+    first.holds = True
+    running = router.call(ask(max_tokens=5))
+    router.time.run_until(lambda: len(first.requests) == 1, "prefilling")
+    spare = router.cluster.add_prefill("p1")
 
-    await router.cluster.change(first.incarnation, seconds_since_progress=3.5, serving=False, state="stalled")
+    router.cluster.change(first.incarnation, seconds_since_progress=3.5, serving=False, state="stalled")
 
-    assert (await running).text == "The q"
+    assert running.to_the_end().text == "The q"
     assert len(spare.requests) == 1
     assert first.num_cancelled == 1
 
 
-async def test_a_silent_session_with_running_streams_gets_no_new_work(router: RunningRouter) -> None:
+def test_a_silent_session_with_running_streams_gets_no_new_work(router: RouterUnderTest) -> None:
     router.cluster.decode[0].max_tokens_sent = 3
     call = router.call(ask(max_tokens=50))
-    while (await call.read()).tokens.index < 2:
-        pass
+    call.read(3)
+    heard_at = router.time.now()
 
-    await until(lambda: not router.pool.usable_decode(), "silent for a second")
-    call.cancel()
-    await until(lambda: len(router.pool.usable_decode()) == 1, "nothing is owed any more")
+    router.time.run_until(lambda: not router.pool.usable_decode(router.time.now()), "silent for a second")
+    assert router.time.now() - heard_at == pytest.approx(NO_NEW_WORK_S, abs=VIEW_INTERVAL_S)
+    call.leave()
+    router.meet_workers()  # nothing is owed any more
 
 
-async def test_another_incarnation_at_the_address_is_not_taken_for_the_first(cluster: Cluster) -> None:
+def test_another_incarnation_at_the_address_is_not_taken_for_the_first(cluster: Cluster) -> None:
     cluster.decode[0].incarnation = "f" * 32  # what it says; the registry still names the one before
-    async with running_router(cluster, wait=False) as router:
-        await until(lambda: len(router.pool.decode) == 1, "seen")
-        await asyncio.sleep(0.2)
-        assert not router.pool.usable_decode()
+    router = RouterUnderTest(cluster)
+    router.time.run_for(5.0)
+    assert len(router.pool.decode) == 1
+    assert not router.pool.usable_decode(router.time.now())
+    assert len(cluster.decode[0].hellos) > 3, "it was tried again and again"
 
 
-async def test_workers_of_other_models_are_not_seen_and_other_classes_not_paired(
-    router: RunningRouter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("router.placement.GONE_WAIT_S", 0.2)
-    await router.cluster.change(router.cluster.prefill[0].incarnation, numerics_digest="other")
-    await until(lambda: router.pool.usable_prefill()[0].numerics.numerics_digest == "other", "changed")
+def test_a_worker_that_leaves_the_registry_while_its_session_blips_loses_its_streams(router: RouterUnderTest) -> None:
+    spare = router.cluster.add_decode("d1")
+    router.meet_workers()
+    for worker in router.cluster.decode:
+        worker.token_interval_s = 0.2
+    call = router.call(ask(max_tokens=30))
+    call.read(3)
+    first = router.cluster.serving()
+    del router.cluster.records[first.incarnation]
+    router.time.run_for(UNLISTED_S + VIEW_INTERVAL_S)
+    assert first.incarnation in router.pool.decode, "its session is alive"
+
+    first.is_up = False  # it does not come back from its blip in time
+    first.lose_sessions()
+    result = call.to_the_end()
+
+    assert result.tokens == (SCRIPT * 2)[:30]
+    assert result.end.num_attempts == 2
+    assert result.end.workers.decode == router.cluster.other(first).name
+    assert first.incarnation not in router.pool.decode
+    assert spare in router.cluster.decode
+
+
+def test_a_session_whose_worker_does_not_read_is_given_up_and_made_again(router: RouterUnderTest) -> None:
+    spare = router.cluster.add_decode("d1")
+    router.meet_workers()
+    for worker in router.cluster.decode:
+        worker.token_interval_s = 0.05
+    calls = [router.call(ask(max_tokens=20)) for _ in range(3)]
+    for call in calls:
+        call.read(3)
+    first = next(worker for worker in router.cluster.decode if worker.streams)
+    num_hellos = len(first.hellos)
+    first.reads = False
+
+    leaving, *others = [call for call in calls if call.request_id in first.streams]
+    leaving.leave()  # its cancel is the message too many
+
+    assert all(call.to_the_end().tokens == SCRIPT[:20] for call in calls if call is not leaving)
+    assert all(call.result.end.num_attempts == 2 for call in others)
+    first.reads = True
+    router.meet_workers()
+    assert len(first.hellos) > num_hellos
+    assert not first.hellos[num_hellos].streams, "what was given up is not named"
+    assert spare in router.cluster.decode
+
+
+def test_workers_of_other_models_are_not_seen_and_other_classes_not_paired(router: RouterUnderTest) -> None:
+    incarnation = router.cluster.prefill[0].incarnation
+
+    def usable() -> list[Any]:
+        return router.pool.usable_prefill(router.time.now())
+
+    router.cluster.change(incarnation, numerics_digest="other")
+    router.time.run_until(lambda: usable()[0].numerics.numerics_digest == "other", "changed")
     with pytest.raises(IsthmusError) as refusal:
-        await router.generate(ask(max_tokens=5))
+        router.generate(ask(max_tokens=5))
     assert refusal.value.reason == "WORKERS_UNAVAILABLE"
 
-    await router.cluster.change(router.cluster.prefill[0].incarnation, model_digest="other")
-    await until(lambda: not router.pool.usable_prefill(), "not seen")
+    router.cluster.change(incarnation, model_digest="other")
+    router.time.run_until(lambda: not usable(), "not seen")
 
 
-async def test_a_request_no_worker_could_ever_hold_is_refused(router: RunningRouter) -> None:
+def test_a_request_no_worker_could_ever_hold_is_refused(router: RouterUnderTest) -> None:
     record = router.cluster.records[router.cluster.decode[0].incarnation]
     small = type(record.load)(type(record.load.blocks)(total=4, free=4, cached=0, referenced=0))
-    await router.cluster.change(record.incarnation, load=small)
-    await until(lambda: router.pool.usable_decode()[0].view(0).total_blocks == 4, "changed")
+    router.cluster.change(record.incarnation, load=small)
+    router.time.run_for(VIEW_INTERVAL_S)
 
     with pytest.raises(InvalidRequest) as refusal:
-        await router.generate(ask("12345", max_tokens=100))
+        router.generate(ask("12345", max_tokens=100))
 
     assert refusal.value.violations[0].field == "sampling.max_tokens"
     assert "at most 64" in refusal.value.detail
 
 
-async def test_status_names_every_worker(router: RunningRouter) -> None:
-    status = {worker.name: worker for worker in router.pool.status()}
+def test_status_names_every_worker(router: RouterUnderTest) -> None:
+    status = {worker.name: worker for worker in router.pool.status(router.time.now())}
     assert status["d0"].serving
     assert (status["p0"].role, status["d0"].blocks.total) == ("prefill", 1000)
+
+
+def test_a_pool_that_closes_tells_every_stream(router: RouterUnderTest) -> None:
+    router.cluster.decode[0].max_tokens_sent = 3
+    call = router.call(ask(max_tokens=50), timeout_s=5.0)
+    call.read(3)
+    router.cluster.records.clear()
+
+    router.pool.close(router.time.now())
+    router.time.run_for(2 * LATENCY_S)
+
+    assert not router.cluster.decode[0].streams
+    with pytest.raises(IsthmusError) as told:
+        call.to_the_end()
+    assert told.value.reason in ("WORKERS_UNAVAILABLE", "DEADLINE_PASSED")

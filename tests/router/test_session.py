@@ -7,8 +7,9 @@ import pytest
 
 from isthmus.clock import SystemClock
 from isthmus.v1 import decode_pb2
-from router.session import Session, SessionPeer
-from tests.router.fakes import until
+from router.pool.drivers import GrpcSessionLink, Tasks
+from router.pool.session import Session, SessionPeer
+from tests.router.real_ports import until
 
 
 class FailingCall:
@@ -29,26 +30,43 @@ class FailingCall:
         raise ValueError("nonsense")
 
 
-class Stub:
+class FakeChannel:
+    """A channel whose one method is Session."""
+
     def __init__(self) -> None:
         self.call = FailingCall()
+        self.is_closed = False
 
-    def Session(self) -> FailingCall:  # noqa: N802
-        return self.call
+    def stream_stream(self, method: str, **_: Any) -> Any:
+        return lambda: self.call
+
+    def unary_unary(self, method: str, **_: Any) -> Any:
+        return None
+
+    async def close(self, grace: float) -> None:
+        self.is_closed = True
 
 
 @pytest.mark.parametrize("num_ticks", range(8))
 async def test_a_cancellation_just_as_the_connection_fails_ends_the_session(num_ticks: int) -> None:
-    stub: Any = Stub()
-    session = Session(stub, SessionPeer("r", "d", "d0"), clock=SystemClock(), on_change=lambda: None)
-    running = asyncio.create_task(session.run())
+    channel: Any = FakeChannel()
+    tasks = Tasks()
+    session = Session(SessionPeer("r", "d", "d0"), on_change=lambda: None)
+    link = GrpcSessionLink(channel, session, SystemClock(), tasks)
+    session.link = link
+    link.start("d0")
+    running = link._running
+    assert running is not None
     await until(lambda: session.is_alive, "the session is alive")
 
-    stub.call.fails.set()
+    channel.call.fails.set()
     for _ in range(num_ticks):
         await asyncio.sleep(0)
-    running.cancel()
+    session.abandon("the session was closed", 0.0)
+    link.close()
     await asyncio.wait({running}, timeout=1.0)
 
     assert running.cancelled()
     assert not session.is_alive
+    await tasks.end(1.0)
+    assert channel.is_closed

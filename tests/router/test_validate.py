@@ -15,10 +15,11 @@ from isthmus.errors import InvalidRequest, IsthmusError
 from isthmus.process.rpc import channel
 from isthmus.process.rpc_errors import error_from_rpc
 from isthmus.v1 import inference_pb2, types_pb2
-from router.server import SERVICE
-from router.validate import check_request, complete_sampling, parse_request
-from router.wire_scan import MAX_FIELDS, check_wire
-from tests.router.fakes import MODEL, SCRIPT, VOCAB_SIZE, Cluster, RunningRouter, ask, running_router
+from router.client.grpc_caller import SERVICE
+from router.client.validate import MAX_FIELDS, check_request, check_wire, complete_sampling, parse_request
+from tests.router.fakes import MODEL, VOCAB_SIZE, ask
+from tests.router.real_ports import ServedRouter, real_time_cluster, served_router
+from tests.router.scripted_workers import SCRIPT
 
 Message = inference_pb2.GenerateRequest
 MIB = 1 << 20
@@ -90,18 +91,17 @@ BAD: list[tuple[str, Message, str]] = [
 
 
 @pytest.fixture
-async def router() -> AsyncIterator[RunningRouter]:
-    cluster = Cluster()
-    await cluster.add_decode()
-    await cluster.add_prefill()
-    async with running_router(cluster) as running:
-        yield running
-        await running.is_quiet()
-    await cluster.close()
+async def router() -> AsyncIterator[ServedRouter]:
+    cluster = real_time_cluster()
+    cluster.add_decode()
+    cluster.add_prefill()
+    async with served_router(cluster) as served:
+        yield served
+        await served.is_quiet()
 
 
-async def test_every_bad_field_is_named_and_nobody_else_notices(router: RunningRouter) -> None:
-    router.cluster.decode[0].token_interval_s = 0.002
+async def test_every_bad_field_is_named_and_nobody_else_notices(router: ServedRouter) -> None:
+    router.cores.cluster.decode[0].token_interval_s = 0.002
     bystander = asyncio.create_task(router.generate(ask(max_tokens=400)))
     for what, message, field in BAD:
         with pytest.raises(IsthmusError) as refusal:
@@ -109,10 +109,10 @@ async def test_every_bad_field_is_named_and_nobody_else_notices(router: RunningR
         assert isinstance(refusal.value, InvalidRequest), what
         assert [violation.field for violation in refusal.value.violations] == [field], what
         assert "allowed: " in refusal.value.violations[0].description, what
-    assert bytes((await bystander).token_ids) == (SCRIPT * 9)[:400]
+    assert (await bystander).tokens == (SCRIPT * 9)[:400]
 
 
-async def test_both_inputs_are_seen_in_the_raw_bytes(router: RunningRouter) -> None:
+async def test_both_inputs_are_seen_in_the_raw_bytes(router: ServedRouter) -> None:
     both = Message(prompt="a").SerializeToString() + token_ids(1, 2).SerializeToString()
     async with channel(router.address) as raw:
         with pytest.raises(InvalidRequest) as refusal:
@@ -122,38 +122,38 @@ async def test_both_inputs_are_seen_in_the_raw_bytes(router: RunningRouter) -> N
 
 
 @pytest.mark.parametrize("raw", [b"\xff" * 40, b"\x1a\x05ab", b"\x1a\x02\xff\xfe", b"\x0b"])
-async def test_bytes_that_are_no_message(router: RunningRouter, raw: bytes) -> None:
+async def test_bytes_that_are_no_message(router: ServedRouter, raw: bytes) -> None:
     async with channel(router.address) as client:
         with pytest.raises(InvalidRequest):
             await _call_raw(client, raw)
 
 
-async def test_unknown_model(router: RunningRouter) -> None:
+async def test_unknown_model(router: ServedRouter) -> None:
     with pytest.raises(IsthmusError) as refusal:
         await router.generate(Message(prompt="a", model="other"))
     assert (refusal.value.grpc_status, refusal.value.reason) == ("NOT_FOUND", "MODEL_NOT_FOUND")
 
 
 @pytest.mark.parametrize("changes", [{"request_id": ""}, {"request_id": "x", "next_index": -1}])
-async def test_what_cannot_be_resumed_says_why(router: RunningRouter, changes: dict[str, Any]) -> None:
+async def test_what_cannot_be_resumed_says_why(router: ServedRouter, changes: dict[str, Any]) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
         await router.stub.Resume(inference_pb2.ResumeRequest(**changes)).read()
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_stream_nobody_has_is_gone(router: RunningRouter) -> None:
+async def test_a_stream_nobody_has_is_gone(router: ServedRouter) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
         await router.stub.Resume(inference_pb2.ResumeRequest(request_id="x")).read()
     assert error_from_rpc(refusal.value).reason == "STREAM_GONE"
 
 
-async def test_deadline_already_past(router: RunningRouter) -> None:
+async def test_deadline_already_past(router: ServedRouter) -> None:
     with pytest.raises(IsthmusError) as refusal:
         await router.generate(ask(), timeout_s=1e-6)
     assert refusal.value.grpc_status == "DEADLINE_EXCEEDED"
 
 
-async def test_tokenize_and_back(router: RunningRouter) -> None:
+async def test_tokenize_and_back(router: ServedRouter) -> None:
     tokens = await router.stub.Tokenize(inference_pb2.TokenizeRequest(prompt="héllo"))
     text = await router.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=tokens.token_ids))
     models = await router.stub.ListModels(inference_pb2.ListModelsRequest())
