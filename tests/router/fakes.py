@@ -64,7 +64,7 @@ class Cluster:
         self.decode: list[ScriptedDecode] = []
         self.prefill: list[ScriptedPrefill] = []
         self.records: dict[str, WorkerRecord] = {}
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.time)
         self.is_registry_down = False
         self.most_latency_s: float | None = None  # then each message takes its own time, up to so much
 

@@ -40,6 +40,9 @@ class LoopTime:
     def now(self) -> float:
         return self.clock.now()
 
+    def now_ns(self) -> int:
+        return self.clock.now_ns()
+
     def after(self, seconds: float, function: Callable[[], object]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(seconds, function)
 
