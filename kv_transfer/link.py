@@ -89,6 +89,11 @@ class Link:
             self.max_body_bytes = min(MAX_BODY_BYTES, max(num_bytes // 2, 1))
         self.credit_bytes += num_bytes
 
+    def first_frame(self, piece: Extent, row_bytes: int, max_frame_bytes: int) -> Extent:
+        """As many of its rows as a frame holds, from the first on."""
+        max_rows = max(1, min(self.max_body_bytes, max_frame_bytes) // row_bytes)
+        return replace(piece, num_tokens=min(piece.num_tokens, max_rows))
+
     def await_since(self, now: float) -> None:
         """An answer or credit is due from now on, if it was not before."""
         if self.waiting_since is None:

@@ -1,7 +1,6 @@
 """The sending side of transfers: which frame goes next on which link, and what answers and silence mean."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from math import inf
 
 from isthmus.ledger import Ledger
@@ -17,7 +16,6 @@ from kv_transfer.pool_memory import RowMemory
 from kv_transfer.sender_options import SenderOptions
 from kv_transfer.wire import LinkLost, OpenWire, Wire
 
-_ORPHAN_S = 0.005  # how often memory that a closed wire still reads is looked at
 _MAX_BURST = 8  # frames sent on each link before answers and commands get their turn
 
 
@@ -162,8 +160,7 @@ class SenderCore:
         if row_bytes > link.max_body_bytes and self._layout.plane(piece.plane).advisory:
             transfer.pieces.popleft()  # the receiver's rows of this plane are others: it would not keep them anyway
             return True
-        max_rows = max(1, min(link.max_body_bytes, self._options.max_frame_bytes) // row_bytes)
-        rows = replace(piece, num_tokens=min(piece.num_tokens, max_rows))
+        rows = link.first_frame(piece, row_bytes, self._options.max_frame_bytes)
         if rows.num_tokens * row_bytes > link.credit_bytes:
             link.await_since(now)
             return False
@@ -248,8 +245,7 @@ class SenderCore:
         options = self._options
         due = [link.given_up(options)[0] for link in self._links.values()]
         due += [transfer.commit_due(options.ack_timeout_s) for transfer in self._transfers.values()]
-        if self._bodies.has_orphans:
-            due.append(now + _ORPHAN_S)
+        due.append(self._bodies.next_look(now))
         first = min(due, default=inf)
         return None if first == inf else first
 
