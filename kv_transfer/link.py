@@ -89,11 +89,6 @@ class Link:
             self.max_body_bytes = min(MAX_BODY_BYTES, max(num_bytes // 2, 1))
         self.credit_bytes += num_bytes
 
-    def first_frame(self, piece: Extent, row_bytes: int, max_frame_bytes: int) -> Extent:
-        """As many of its rows as a frame holds, from the first on."""
-        max_rows = max(1, min(self.max_body_bytes, max_frame_bytes) // row_bytes)
-        return replace(piece, num_tokens=min(piece.num_tokens, max_rows))
-
     def await_since(self, now: float) -> None:
         """An answer or credit is due from now on, if it was not before."""
         if self.waiting_since is None:
@@ -127,3 +122,8 @@ class Link:
         if target is not None:
             fields |= {"transfer": bytes.fromhex(target.transfer_id), "attempt": target.attempt}
         return replace(self._blank, kind=kind, **fields)
+
+
+def first_frame(piece: Extent, row_bytes: int, max_bytes: int) -> Extent:
+    """As many rows of the piece as a frame of `max_bytes` holds, from the first on; one at least."""
+    return replace(piece, num_tokens=min(piece.num_tokens, max(1, max_bytes // row_bytes)))

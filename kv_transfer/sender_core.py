@@ -8,7 +8,7 @@ from isthmus.types import Extent, TransferTarget
 from kv_transfer.counters import Counters
 from kv_transfer.frame_bodies import FrameBodies
 from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, FrameName
-from kv_transfer.link import InFlight, Link
+from kv_transfer.link import InFlight, Link, first_frame
 from kv_transfer.messages import Abort, Acks, decode_credit
 from kv_transfer.outgoing import AbortTransfer, AddRows, Command, CommitTransfer, OpenTransfer
 from kv_transfer.outgoing_state import OutgoingState
@@ -160,7 +160,7 @@ class SenderCore:
         if row_bytes > link.max_body_bytes and self._layout.plane(piece.plane).advisory:
             transfer.pieces.popleft()  # the receiver's rows of this plane are others: it would not keep them anyway
             return True
-        rows = link.first_frame(piece, row_bytes, self._options.max_frame_bytes)
+        rows = first_frame(piece, row_bytes, min(link.max_body_bytes, self._options.max_frame_bytes))
         if rows.num_tokens * row_bytes > link.credit_bytes:
             link.await_since(now)
             return False

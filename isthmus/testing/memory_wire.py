@@ -24,7 +24,7 @@ class Timer(Protocol):
 class Fate(Protocol):
     """What the network does to a message."""
 
-    def __call__(self, link: bytes, message: Sequence[Body], *, is_answer: bool) -> Sequence[float]:
+    def __call__(self, link: bytes, message: Sequence[Body]) -> Sequence[float]:
         """Seconds until each copy arrives; none: it is lost. Copies may overtake those of other messages."""
         ...
 
@@ -103,7 +103,7 @@ class MemoryNetwork:
         wire = self._wires.get(link)
         if wire is None:
             return False
-        for delay in self.fate(link, message, is_answer=True):
+        for delay in self.fate(link, message):
             self.timer.call_later(delay, lambda: wire.hear(wire, list(message)) if wire.is_open else None)
         return True
 
@@ -125,7 +125,7 @@ class MemoryNetwork:
 
     def carry(self, wire: MemoryWire, message: list[Body], sending: Sending) -> None:
         """For the wire's own `send`."""
-        delays = self.fate(wire.link, message, is_answer=False) if wire.is_open else []
+        delays = self.fate(wire.link, message) if wire.is_open else []
         if not delays:
             sending.done = True
         copied: Parts = []

@@ -8,6 +8,7 @@ import pytest
 
 from isthmus.errors import StaleOwner
 from isthmus.ledger import Ledger
+from isthmus.testing.manual_clock import ManualClock
 from isthmus.testing.memory_wire import Body, MemoryNetwork
 from isthmus.types import Extent, Place, Token, TransferTarget
 from kv_transfer.outgoing import OutgoingTransfer, TransferOutcome
@@ -33,7 +34,7 @@ class SeededNetwork:
         self._loss = rng.choice([0.0, 0.0, 0.02, 0.1])
         self._doubles = rng.choice([0.0, 0.0, 0.1])
         self._keeps_order = rng.random() < 0.5
-        self._last: dict[tuple[bytes, bool], float] = {}
+        self._last: dict[bytes, float] = {}
         self.timer = PlainTimer()
         self.wires = MemoryNetwork(self.timer, self.fate)
 
@@ -41,14 +42,14 @@ class SeededNetwork:
     def is_faithful(self) -> bool:
         return self._keeps_order and not self._loss and not self._doubles
 
-    def fate(self, link: bytes, message: Sequence[Body], *, is_answer: bool) -> Sequence[float]:
+    def fate(self, link: bytes, message: Sequence[Body]) -> Sequence[float]:
         if self._rng.random() < self._loss:
             return []
         delays = [self._rng.expovariate(1000) for _ in range(2 if self._rng.random() < self._doubles else 1)]
         if self._keeps_order:
             now = self.timer.time()
-            arrival = max(now + delays[0], self._last.get((link, is_answer), 0.0))
-            self._last[link, is_answer] = arrival
+            arrival = max(now + delays[0], self._last.get(link, 0.0))
+            self._last[link] = arrival
             delays = [arrival - now] * len(delays)
         return delays
 
@@ -81,7 +82,7 @@ class World:
         self.landing = Pool(POISON, layout=DRAFTING, num_blocks=num_blocks)
         self.source = Pool(seed=seed, layout=DRAFTING, num_blocks=num_blocks)
         self.pools = [Pool(seed=seed, layout=DRAFTING, num_blocks=num_blocks) for _ in range(2)]
-        self.ledger = Ledger()
+        self.ledger = Ledger(ManualClock())
         self.incarnation = next(self._ids)
         self.receiver = TimedReceiver(
             self.incarnation,

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from isthmus.ledger import Ledger
+from isthmus.testing.manual_clock import ManualClock
 from isthmus.types import Extent, Token
 from kv_transfer.frames import FrameHeader, FrameKind, seal
 from kv_transfer.messages import Abort, Acks, Commit, decode_credit, encode_credit
@@ -27,7 +28,7 @@ class Receiving:
     def __init__(self, **options: int):
         self.states: list[StateChange] = []
         settings = ReceiverOptions(**options)  # type: ignore[arg-type]
-        self.core = ReceiverCore(bytes.fromhex(RECEIVER), LAYOUT, Ledger(), self.states.append, settings)
+        self.core = ReceiverCore(bytes.fromhex(RECEIVER), LAYOUT, Ledger(ManualClock()), self.states.append, settings)
 
     def reserve(self, missing: tuple[Extent, ...] = LATENT, transfer_id: str = TRANSFER, deadline: float = 10) -> None:
         self.core.reserve(Reservation(transfer_id, 1, "request", (0, 1), missing, deadline))

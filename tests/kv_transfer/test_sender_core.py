@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from isthmus.ledger import Ledger
+from isthmus.testing.manual_clock import ManualClock
 from isthmus.types import Extent, Token, TransferTarget
 from kv_transfer.frames import FrameHeader, FrameKind, FrameName, seal
 from kv_transfer.messages import Abort, Acks, encode_credit
@@ -58,7 +59,7 @@ class Sending:
         self.wires: dict[str, RecordingWire] = {}
         self.outcomes: dict[int, list[TransferOutcome]] = {}
         settings = SenderOptions(staging_bytes=4 * 4096, max_frame_bytes=16 * ROW_BYTES, **options)  # type: ignore[arg-type]
-        self.core = SenderCore(bytes.fromhex(SENDER), Pool().memory, Ledger(), self._open_wire, settings)
+        self.core = SenderCore(bytes.fromhex(SENDER), Pool().memory, Ledger(ManualClock()), self._open_wire, settings)
 
     def _open_wire(self, endpoint: str) -> RecordingWire:
         if endpoint == "nowhere":
