@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 from isthmus.types import Extent
 from kv_transfer.frames import Buffer
@@ -9,6 +10,8 @@ from kv_transfer.link import InFlight
 from kv_transfer.outgoing_state import OutgoingState
 from kv_transfer.pool_memory import RowMemory
 from kv_transfer.staging import Staging, StagingSlot
+
+_ORPHAN_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,9 @@ class FrameBodies:
         self._staging = Staging(staging_bytes)
         self._orphans: list[InFlight] = []  # frames of closed wires that may still be read
 
-    @property
-    def has_orphans(self) -> bool:
-        return bool(self._orphans)
+    def next_look(self, now: float) -> float:
+        """When to call `free_orphans` again: no wire tells when it has let go."""
+        return now + _ORPHAN_S if self._orphans else inf
 
     def take(self, transfer: OutgoingState, rows: Extent) -> FrameBody | None:
         """None while staging has no room."""

@@ -122,3 +122,8 @@ class Link:
         if target is not None:
             fields |= {"transfer": bytes.fromhex(target.transfer_id), "attempt": target.attempt}
         return replace(self._blank, kind=kind, **fields)
+
+
+def first_frame(piece: Extent, row_bytes: int, max_bytes: int) -> Extent:
+    """As many rows of the piece as a frame of `max_bytes` holds, from the first on; one at least."""
+    return replace(piece, num_tokens=min(piece.num_tokens, max(1, max_bytes // row_bytes)))

@@ -1,7 +1,6 @@
 """The sending side of transfers: which frame goes next on which link, and what answers and silence mean."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from math import inf
 
 from isthmus.ledger import Ledger
@@ -9,7 +8,7 @@ from isthmus.types import Extent, TransferTarget
 from kv_transfer.counters import Counters
 from kv_transfer.frame_bodies import FrameBodies
 from kv_transfer.frames import BadFrame, FrameHeader, FrameKind, FrameName
-from kv_transfer.link import InFlight, Link
+from kv_transfer.link import InFlight, Link, first_frame
 from kv_transfer.messages import Abort, Acks, decode_credit
 from kv_transfer.outgoing import AbortTransfer, AddRows, Command, CommitTransfer, OpenTransfer
 from kv_transfer.outgoing_state import OutgoingState
@@ -17,7 +16,6 @@ from kv_transfer.pool_memory import RowMemory
 from kv_transfer.sender_options import SenderOptions
 from kv_transfer.wire import LinkLost, OpenWire, Wire
 
-_ORPHAN_S = 0.005  # how often memory that a closed wire still reads is looked at
 _MAX_BURST = 8  # frames sent on each link before answers and commands get their turn
 
 
@@ -162,8 +160,7 @@ class SenderCore:
         if row_bytes > link.max_body_bytes and self._layout.plane(piece.plane).advisory:
             transfer.pieces.popleft()  # the receiver's rows of this plane are others: it would not keep them anyway
             return True
-        max_rows = max(1, min(link.max_body_bytes, self._options.max_frame_bytes) // row_bytes)
-        rows = replace(piece, num_tokens=min(piece.num_tokens, max_rows))
+        rows = first_frame(piece, row_bytes, min(link.max_body_bytes, self._options.max_frame_bytes))
         if rows.num_tokens * row_bytes > link.credit_bytes:
             link.await_since(now)
             return False
@@ -248,8 +245,7 @@ class SenderCore:
         options = self._options
         due = [link.given_up(options)[0] for link in self._links.values()]
         due += [transfer.commit_due(options.ack_timeout_s) for transfer in self._transfers.values()]
-        if self._bodies.has_orphans:
-            due.append(now + _ORPHAN_S)
+        due.append(self._bodies.next_look(now))
         first = min(due, default=inf)
         return None if first == inf else first
 

@@ -74,7 +74,10 @@ class KvLayout:
 
     def plane(self, name: str) -> Plane:
         """Raises KeyError for a plane that this layout does not have, as `number_of` does."""
-        return self._in_wire_order()[self.number_of(name)]
+        for plane in self.planes:
+            if plane.name == name:
+                return plane
+        raise KeyError(name)
 
     def number_of(self, name: str) -> int:
         """What the plane is called on the wire."""

@@ -113,6 +113,11 @@ class MemoryNetwork:
             self.end(wire)
             self.timer.call_later(LOSS_NOTICE_S, lambda: wire.lost(wire, "connection lost (cut)"))
 
+    def cut_all(self) -> None:
+        """Every connection of the moment breaks."""
+        for wire in list(self._wires.values()):
+            self.cut(wire)
+
     def end(self, wire: MemoryWire) -> None:
         """For the wire's own `close`."""
         wire.is_open = False
