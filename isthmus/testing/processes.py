@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from isthmus.cli.child import launched
-from isthmus.cli.stack import HOST, Ports
+from isthmus.cli.child_process import launched
+from isthmus.cli.stack_plan import HOST, Ports
 from isthmus.config import checkout_root, worker_environment
 from isthmus.testing.stack import Stack, status, until
 from isthmus.v1 import admin_pb2

@@ -12,13 +12,13 @@ from isthmus.v1 import admin_pb2, admin_pb2_grpc
 _TIMEOUT_S = 1.0
 
 
-class GrpcProbe:
+class ServiceProbe:
     """An async context manager: one channel, open for its block."""
 
     def __init__(self, address: str):
         self._address = address
 
-    async def __aenter__(self) -> "GrpcProbe":
+    async def __aenter__(self) -> "ServiceProbe":
         self._channel = channel(self._address)
         return self
 
@@ -28,6 +28,7 @@ class GrpcProbe:
         await self._channel.close()
 
     async def is_serving(self) -> bool:
+        """False also when it does not answer in time."""
         stub: Any = health_pb2_grpc.HealthStub(self._channel)
         try:
             answer: health_pb2.HealthCheckResponse = await stub.Check(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.cli.state import StateDir, newest_stack, noted, open_state_dir, start_ticks
+from isthmus.cli.state_directory import StateDir, newest_stack, noted, open_state_dir, start_ticks
 from isthmus.errors import CannotStart
 
 
