@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import grpc.aio
 
-from isthmus.cli.service_probe import ServiceProbe
+from isthmus.cli.grpc_probe import GrpcProbe
 from isthmus.cli.state_directory import newest_stack
 from isthmus.cli.timeline import RequestStory, StoryEvent
 from isthmus.errors import WorkersUnavailable
@@ -72,7 +72,7 @@ async def _addresses(routers: str | None) -> dict[str, str]:
 
 
 async def _status(address: str) -> admin_pb2.GetStatusResponse | None:
-    async with ServiceProbe(address) as probe:
+    async with GrpcProbe(address) as probe:
         return await probe.status()
 
 

@@ -21,7 +21,7 @@ def command(port: int, directory: Path) -> tuple[str, ...]:
 
 
 class RedisProbe:
-    """Looks at a Redis at `host:port` from outside, as isthmus.cli.service_probe.ServiceProbe looks at a service."""
+    """Looks at a Redis at `host:port` from outside, as isthmus.cli.grpc_probe.GrpcProbe looks at a service."""
 
     def __init__(self, address: str):
         self._address = address

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isthmus.cli import redis_server
-from isthmus.cli.service_probe import ServiceProbe
+from isthmus.cli.grpc_probe import GrpcProbe
 from isthmus.cli.state_directory import newest_stack
 from isthmus.cli.table import table
 from isthmus.client.generation import fields_of
@@ -65,7 +65,7 @@ def _known_by_supervisor(stack: dict[str, Any]) -> list[_Known]:
 
 
 async def _known_by_router(address: str) -> list[_Known]:
-    async with ServiceProbe(address) as probe:
+    async with GrpcProbe(address) as probe:
         status = await probe.status()
     if status is None:
         raise WorkersUnavailable(f"no router answers at {address}")
@@ -80,7 +80,7 @@ async def _ask(known: _Known) -> dict[str, Any]:
     if "address" in known.addresses:
         serving = await redis_server.RedisProbe(known.addresses["address"]).is_serving()
         return entry | {"reachable": serving, "state": "idle" if serving else "unreachable", "serving": serving}
-    async with ServiceProbe(known.addresses["grpc"]) as probe:
+    async with GrpcProbe(known.addresses["grpc"]) as probe:
         status = await probe.status()
     if status is None:
         return entry | {"reachable": False, "state": "unreachable", "serving": False, "reason": "no answer within 1 s"}

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 from isthmus import log
 from isthmus.cli import redis_server
 from isthmus.cli.child_process import Child
+from isthmus.cli.grpc_probe import GrpcProbe
 from isthmus.cli.restart_policy import RestartPolicy, StartPatience
-from isthmus.cli.service_probe import ServiceProbe
 from isthmus.cli.stack_plan import ChildSpec
 from isthmus.cli.state_directory import StateDir, start_ticks
 from isthmus.clock import LoopClock, SystemClock
@@ -26,7 +26,7 @@ _REDIS_START_S = 5.0
 _DRAIN_S = 3.8  # services drain for 3 s and close; then they are killed
 _REDIS_STOP_S = 0.3
 _log = log.get_logger("supervisor")
-Probe: TypeAlias = ServiceProbe | redis_server.RedisProbe
+Probe: TypeAlias = GrpcProbe | redis_server.RedisProbe
 
 
 class StackFailed(Exception):
@@ -171,7 +171,7 @@ def _probe(child: Child) -> Probe:
     if child.spec.address is not None:
         return redis_server.RedisProbe(child.spec.address)
     assert child.spec.grpc is not None, "a service has a port"
-    return ServiceProbe(child.spec.grpc)
+    return GrpcProbe(child.spec.grpc)
 
 
 async def _not_serving(waiting: Mapping[Child, Probe]) -> dict[Child, Probe]:

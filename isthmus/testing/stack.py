@@ -160,7 +160,7 @@ class Result:
 
 
 class StackClient:
-    """Talks to one router through its real port."""
+    """Talks to one router through its real port, without the client library. An async context manager."""
 
     def __init__(self, address: str):
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_send_message_length", 64 << 20)])

@@ -12,13 +12,13 @@ from isthmus.v1 import admin_pb2, admin_pb2_grpc
 _TIMEOUT_S = 1.0
 
 
-class ServiceProbe:
+class GrpcProbe:
     """An async context manager: one channel, open for its block."""
 
     def __init__(self, address: str):
         self._address = address
 
-    async def __aenter__(self) -> "ServiceProbe":
+    async def __aenter__(self) -> "GrpcProbe":
         self._channel = channel(self._address)
         return self
 
