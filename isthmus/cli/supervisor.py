@@ -176,7 +176,8 @@ def _probe(child: Child) -> Probe:
 
 async def _not_serving(waiting: Mapping[Child, Probe]) -> dict[Child, Probe]:
     answers = await asyncio.gather(*(probe.is_serving() for probe in waiting.values()))
-    return {child: probe for (child, probe), serves in zip(waiting.items(), answers, strict=True) if not serves}
+    serving = {child for child, serves in zip(waiting, answers, strict=True) if serves}
+    return {child: probe for child, probe in waiting.items() if child not in serving}
 
 
 async def _why_not(child: Child, probe: Probe) -> str:

@@ -45,12 +45,14 @@ class Detokenizer:
         if self._stopped:
             return ""
         released = self._release(self._characters.decode(b"", final=True))
-        held, self._held = self._held, ""
+        held = self._held
+        self._held = ""
         return released.text if released.stopped else released.text + held
 
     def _release(self, text: str) -> Released:
         if self._strips_next and text:
-            text, self._strips_next = text.removeprefix(" "), False
+            text = text.removeprefix(" ")
+            self._strips_next = False
         text = self._held + text
         # Of several stop strings the one that ends first counts; of those that end together, the longest.
         found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
