@@ -1,4 +1,4 @@
-"""Every metric name, once. One registry per process; gauges are read from the service's status when scraped."""
+"""Every metric name stands here once. A process has one registry; gauges are read from its status when scraped."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,24 +14,27 @@ _LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
-    """The counters of one process. Any thread may count; label values come from fixed sets, never from clients."""
+    """The metrics of one process. Any thread may count. Label values come from fixed sets, never from clients."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        of = self.registry
         self.requests = Counter(
-            "isthmus_requests", "Requests ended, by finish or refusal reason", ["outcome"], registry=of
+            "isthmus_requests", "Requests ended, by finish or refusal reason", ["outcome"], registry=self.registry
         )
-        self.tokens = Counter("isthmus_tokens", "Tokens: prompt, cached or generated", ["kind"], registry=of)
-        self.ttft_s = Histogram("isthmus_ttft_seconds", "Receipt to first token sent", buckets=_LONG_S, registry=of)
-        self.itl_s = Histogram("isthmus_itl_seconds", "Between consecutive tokens", buckets=_SHORT_S, registry=of)
+        self.tokens = Counter("isthmus_tokens", "Tokens: prompt, cached or generated", ["kind"], registry=self.registry)
+        self.ttft_s = Histogram(
+            "isthmus_ttft_seconds", "Receipt to first token sent", buckets=_LONG_S, registry=self.registry
+        )
+        self.itl_s = Histogram(
+            "isthmus_itl_seconds", "Between consecutive tokens", buckets=_SHORT_S, registry=self.registry
+        )
 
     def watch_status(self, status: Callable[[], admin_pb2.GetStatusResponse]) -> None:
         """Adds the gauges; `status` is called at each scrape."""
         self.registry.register(_StatusCollector(status))
 
     def counters(self) -> dict[str, int]:
-        """Every counter by name, labels as in `isthmus_tokens_total{kind="prompt"}`; for GetStatus."""
+        """Every counter's value by its name, with labels as in `isthmus_tokens_total{kind="prompt"}`."""
         counters = [collector for collector in vars(self).values() if isinstance(collector, Counter)]
         samples = [sample for counter in counters for family in counter.collect() for sample in family.samples]
         return {_shown(sample): int(sample.value) for sample in samples if sample.name.endswith("_total")}
@@ -47,6 +50,8 @@ def _shown(sample: Sample) -> str:
 
 
 class _StatusCollector(Collector):
+    """Gauges and event counts, made anew from the status at each scrape."""
+
     def __init__(self, status: Callable[[], admin_pb2.GetStatusResponse]):
         self._status = status
 

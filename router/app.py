@@ -18,8 +18,8 @@ from isthmus.process.health import HealthState, ProgressWatch
 from isthmus.process.loop_driver import LoopDriver
 from isthmus.process.rpc import PUBLIC_RECEIVE_BYTES, channel
 from isthmus.process.serving import Face, Stop, serve_until_signal
+from isthmus.text.text_threads import TextThreads
 from isthmus.text.tokenizer import Tokenizer
-from isthmus.text.workers import TextWorkers
 from isthmus.v1 import admin_pb2
 from kv_transfer.ownership.store import OpenStore, connected
 from router.client.grpc_caller import SERVICE, Backend, InferenceServer
@@ -73,7 +73,7 @@ class Router:
             store = await stack.enter_async_context(connected(self._open_store, self._config, self._clock))
             model, tokenizer = await asyncio.to_thread(_open_model, self._config)
             text = stack.enter_context(
-                TextWorkers(tokenizer, max_prompt_bytes=self._config.max_prompt_bytes, max_tokens=model.context_length)
+                TextThreads(tokenizer, max_prompt_bytes=self._config.max_prompt_bytes, max_tokens=model.context_length)
             )
             links = GrpcWorkerLinks(channel, self._clock)
             stack.push_async_callback(links.close)

@@ -95,7 +95,7 @@ DRIVERS: dict[str, tuple[str, str]] = {  # file -> (kinds, why)
     "isthmus/engine/engine.py": ("thread", "kernels compile side by side"),
     "isthmus/model/load.py": ("thread", "weights load side by side"),
     "isthmus/model/weights.py": ("thread", "a lock around open files"),
-    "isthmus/text/workers.py": ("loop thread", "texts are encoded beside the event loop"),
+    "isthmus/text/text_threads.py": ("loop thread", "texts are encoded beside the event loop"),
     "isthmus/text/tokenizer.py": ("chance", "a nonce that no text can hold"),
     "isthmus/text/chat_template.py": ("clock", "templates of checkpoints ask for the date"),
 }

@@ -24,7 +24,7 @@ _HASHING_THREADS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies, from its file's header."""
+    """One tensor, as its file's header describes it."""
 
     file: Path
     dtype: str  # safetensors' name: F32, BF16, …
@@ -34,6 +34,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A model directory that was checked as far as that needs no tensor data."""
+
     path: Path
     config: ModelConfig
     eos_token_ids: tuple[int, ...]
@@ -42,9 +44,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path, context_length: int | None = None) -> "Checkpoint":
-        """Checks everything that needs no tensor data; CannotStart names the file or field and how to mend it.
+        """Reads a directory, or a hub id, which is fetched. `context_length` None: as long as the model allows.
 
-        `context_length` None: as long as the model allows.
+        Raises CannotStart with the file or field that is wrong, and how to mend it.
         """
         folder = resolve_model(path)
         config = parse_config(_read_json(folder / "config.json"), context_length)
@@ -53,19 +55,22 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """32 hex digits over config.json and every byte of the weights: the first use reads them all."""
+        """32 hex digits over config.json and every byte of the weights; the first use reads all of them."""
         return _digest((self.path / "config.json", *self.weight_files))
 
 
 def read_tensors(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]:
-    """The weight files and what their headers say. Raises CannotStart."""
+    """The weight files of a directory, and every tensor by name. Raises CannotStart."""
     weight_map = _weight_map(folder / _INDEX_FILE)
     files = _weight_files(folder, weight_map)
     return files, _tensors(files, weight_map)
 
 
 def resolve_model(model: str | Path) -> Path:
-    """`bundled` is the checkpoint shipped with the project; else a directory, or a hub id, which is fetched."""
+    """The directory of a model: a directory itself, a hub id, which is fetched, or `bundled` for the one shipped here.
+
+    Raises CannotStart.
+    """
     if hub_id := parse_id(str(model)):
         return fetch(hub_id.name, revision=hub_id.revision)
     folder = Path(__file__).parents[1] / BUNDLED if str(model) == BUNDLED else Path(model)
@@ -94,7 +99,7 @@ def _eos_token_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
 
 
 def _weight_files(folder: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
-    """Those the index names, or without one all there are."""
+    """The files that the index names; without an index, every safetensors file."""
     if outside := [name for name in weight_map.values() if Path(name).name != name]:
         raise _broken(f"{folder / _INDEX_FILE} names {outside[0]!r}, not a plain file name")
     named = sorted({folder / name for name in weight_map.values()})

@@ -1,6 +1,6 @@
-"""The table of differences between MLA architectures: what a model_type fixes, what it leaves to config.json.
+"""The table of differences between MLA architectures: what a model_type fixes, and what it leaves to config.json.
 
-Defaults are those of transformers' configuration classes: the oracle reads an absent field so.
+A field that config.json leaves out has the default of transformers' configuration class, since the oracle reads it so.
 """
 
 from collections.abc import Mapping
@@ -22,17 +22,18 @@ class Routing:
     """How a token's experts are chosen; see `kernels.experts.definition.route`."""
 
     softmax: bool  # scores over all experts; False: a sigmoid each
-    group_best: int  # a group scores as the sum of its best so many
+    group_best: int  # a group's score is the sum of this many of its highest scores
     bias: Bias = Bias.NONE
     in_fp32: bool = True  # False: router logits are rounded to the model's dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What distinguishes one model_type from another; `fixed` are fields with few served values."""
+    """What distinguishes one model_type from another."""
 
     routing: Routing | None  # None: no mixture of experts
-    defaults: Mapping[str, Any]
+    defaults: Mapping[str, Any]  # of fields that config.json leaves out
+    # Fields of which only these values are served; an empty tuple leaves a field free that other families fix.
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
     interleaves: bool = True  # rotary pairs stand side by side in the checkpoint, unless rope_interleave says otherwise
     rotates_in_fp32: bool = False  # False: angles are rounded to the model's dtype, and the rotation computed in it

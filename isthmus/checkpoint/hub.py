@@ -30,29 +30,31 @@ _COMMIT: Final = re.compile("[0-9a-f]{40}")
 
 
 class HubId(NamedTuple):
-    name: str
-    revision: str | None
+    """A model of the hub."""
+
+    name: str  # org/name
+    revision: str | None  # a branch, tag or commit; None: the main branch
 
     def __str__(self) -> str:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
 def parse_id(model: str) -> HubId | None:
-    """None for a directory, which wins over a hub id of its name, and for what has the form of neither."""
+    """The hub id that `model` is; None for a directory, even one named like a hub id, and for what is neither."""
     found = None if Path(model).is_dir() else _ID.fullmatch(model)
     return found and HubId(found["name"], found["revision"])
 
 
 def model_name(model: str) -> str:
-    """What clients call the model that `--model` names."""
+    """The name by which clients ask for the model that `--model` names."""
     return hub_id.name if (hub_id := parse_id(model)) else Path(model).name
 
 
 def fetch(model_id: str, *, revision: str | None = None, files: Sequence[str] = _FETCHED_FILES) -> Path:
-    """The directory in the cache, named for its commit, with those of `files` that the model has.
+    """The directory in the cache, named for its commit, with those of `files` that the model has. Raises CannotStart.
 
-    A branch or tag asks the hub for its commit and takes the last known one when there is no answer; a commit that the
-    cache holds needs no network. Raises CannotStart.
+    For a branch or tag the hub is asked which commit it stands for; when it does not answer, the last known one is
+    taken. A commit that the cache holds needs no network.
     """
     from huggingface_hub.utils import disable_progress_bars
 
@@ -81,7 +83,7 @@ def _snapshot(hub_id: HubId, files: Sequence[str], *, local_files_only: bool) ->
 
 @contextmanager
 def named_failures(hub_id: HubId) -> Generator[None]:
-    """What the library can raise, as CannotStart; no request waits without a bound."""
+    """While the block runs, what the library raises becomes CannotStart, and none of its requests waits forever."""
     from huggingface_hub import constants, errors, get_session
 
     hooks = get_session().event_hooks["request"]
@@ -115,7 +117,7 @@ def named_failures(hub_id: HubId) -> Generator[None]:
 
 
 def _bound_wait(request: Any) -> None:
-    """The library asks what a branch stands for, and which files there are, with no timeout at all."""
+    """Gives a request without a timeout one: the library looks up branches and lists files without any."""
     from huggingface_hub import constants
 
     waits = request.extensions.get("timeout", {})

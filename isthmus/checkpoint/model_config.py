@@ -1,4 +1,4 @@
-"""A Hugging Face config.json as one frozen value. What would change the maths and is not known here is refused."""
+"""A Hugging Face config.json as one frozen value. A field that would change the maths and is not known is refused."""
 
 import math
 from collections.abc import Mapping
@@ -41,6 +41,8 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
+    """The shapes and constants of one model; names as in config.json where it has them."""
+
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -81,9 +83,10 @@ class ModelConfig:
 
 
 def parse_config(raw: Mapping[str, Any], context_length: int | None = None) -> ModelConfig:
-    """Reads either dialect (rope_scaling, rope_parameters). `context_length` None: as long as the model can.
+    """Reads a config.json; the rotary embedding may be described as rope_scaling or as rope_parameters.
 
-    CannotStart names field, value and what is served.
+    `context_length`: the most tokens of a request; None: as many as the model allows. Raises CannotStart with the
+    field, its value, and what is served.
     """
     family, fields = _family_and_fields(raw)
     hidden_size = fields.size("hidden_size")
@@ -130,7 +133,7 @@ def _family_and_fields(raw: Mapping[str, Any]) -> tuple[Family, Fields]:
 
 
 def token_ids(value: object) -> tuple[int, ...]:
-    """eos_token_id is an int, a list or absent."""
+    """The ids of an eos_token_id, which is an integer, a list of integers, or absent. Raises CannotStart."""
     ids: list[object] = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token_id, int) for token_id in ids):
         raise refused("eos_token_id", value, ("token ids", "lists of them"))

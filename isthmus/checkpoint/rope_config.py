@@ -31,7 +31,10 @@ class Rope:
 
 
 def parse_rope(family: Family, fields: Fields, context_length: int) -> Rope:
-    """Either dialect; rope_scaling wins, and defaults are those of transformers' `ROPE_INIT_FUNCTIONS`."""
+    """Reads rope_scaling, else rope_parameters. Raises CannotStart for what is not served.
+
+    Defaults are those of transformers' `ROPE_INIT_FUNCTIONS`.
+    """
     given = fields.raw.get("rope_scaling") or fields.raw.get("rope_parameters") or family.default_rope
     if not isinstance(given, Mapping):
         raise refused("rope_scaling", given, ("null", "an object"))
@@ -67,7 +70,11 @@ def parse_rope(family: Family, fields: Fields, context_length: int) -> Rope:
 
 
 def _short_factor(scaling: Fields, context: int, original: int, elements: int) -> tuple[float, ...]:
-    """Past the original context longrope turns all positions otherwise, cached ones too: no function of a position."""
+    """The divisor of each frequency. Raises CannotStart for a context beyond the original one.
+
+    There longrope rotates all positions otherwise, also those whose latents are cached: a row of the cache would no
+    longer be a function of its position.
+    """
     short = scaling.raw.get("short_factor")
     long = scaling.raw.get("long_factor")
     if not isinstance(short, list) or len(short) != elements // 2 or not {*map(type, short)} <= {int, float}:

@@ -1,4 +1,4 @@
-"""Names and shapes a checkpoint must hold for a configuration, and one error for all that do not fit."""
+"""The names and shapes that a checkpoint must hold for its configuration, and one error for all that do not fit."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +20,10 @@ _LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def check_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The draft tensors. Raises CannotStart listing every missing, unexpected, misshapen and unreadable tensor."""
+    """Returns the names of draft tensors, which nobody loads.
+
+    Raises CannotStart with every tensor that is missing, unexpected, of a wrong shape or of an unreadable dtype.
+    """
     faults, draft = find_faults(checkpoint.config, checkpoint.tensors)
     if faults:
         mend = "use weights that belong to this config.json"
@@ -29,7 +32,7 @@ def check_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def find_faults(config: ModelConfig, tensors: Mapping[str, TensorEntry]) -> tuple[list[str], tuple[str, ...]]:
-    """A line for each kind of fault; the draft tensors (model.layers.{num_layers + i}.*), which nobody loads."""
+    """Returns a line for each kind of fault, and the names of the draft tensors (model.layers.{num_layers + i}.*)."""
     # A block of no width (no shared experts) may be stored as empty tensors.
     present = {name: entry for name, entry in tensors.items() if 0 not in entry.shape and not _RECOMPUTED.search(name)}
     required = model_shapes(config)
@@ -56,7 +59,7 @@ def find_faults(config: ModelConfig, tensors: Mapping[str, TensorEntry]) -> tupl
 
 
 def model_shapes(config: ModelConfig) -> Shapes:
-    """As published: a tensor for each projection of each expert."""
+    """The required tensors in the published form, which has a tensor for each projection of each expert."""
     D = config.hidden_size
     shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, D), "model.norm.weight": (D,)}
     if not config.tie_word_embeddings:
@@ -124,7 +127,7 @@ def _expert_shapes(config: ModelConfig, experts: Experts) -> Iterator[tuple[str,
 
 
 def _replace_by_fused(config: ModelConfig, prefix: str, shapes: Shapes) -> None:
-    """transformers may write the experts of a layer as two tensors."""
+    """Replaces a layer's expert tensors by the two in which transformers may write them."""
     assert config.experts is not None, "sparse layers have experts"
     E = config.experts.num_experts
     W = config.experts.width
@@ -152,7 +155,7 @@ def _optional_shapes(config: ModelConfig) -> Shapes:
 
 
 def _scale_shapes(known: Shapes, present: Mapping[str, TensorEntry]) -> Shapes:
-    """Of the matrices that are stored as FP8: a scale for each 128 x 128 block, the last ones ragged."""
+    """The scales of the matrices that are stored as FP8: one for each block of 128 x 128, or of what is left there."""
     return {
         f"{name}_scale_inv": (-(-known[name][0] // _BLOCK), -(-known[name][1] // _BLOCK))
         for name, entry in present.items()
@@ -171,7 +174,10 @@ def _dtypes(config: ModelConfig, name: str) -> tuple[str, ...]:
 
 
 def _draft_shapes(config: ModelConfig, present: Iterable[str]) -> tuple[Shapes, Shapes]:
-    """Required and optional tensors of draft layers; the tensors say how many there are, config.json often lies."""
+    """The required and the optional tensors of draft layers.
+
+    How many there are is read off the tensors themselves: config.json often says something else.
+    """
     layers = {int(found[1]) for name in present if (found := _LAYER.match(name)) and name.endswith(".eh_proj.weight")}
     D = config.hidden_size
     required = Shapes()

@@ -9,7 +9,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from isthmus.checkpoint.directory import BUNDLED
 from isthmus.checkpoint.hub import parse_id
 from isthmus.cli.hub_model import pinned
-from isthmus.cli.stack import StackSpec
+from isthmus.cli.stack_plan import StackSpec
 from isthmus.errors import CannotStart
 
 

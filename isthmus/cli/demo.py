@@ -9,9 +9,9 @@ from typing import Any
 
 from isthmus.cli import arguments
 from isthmus.cli.screen import Screen, open_screen
-from isthmus.cli.state import is_running, note_of
+from isthmus.cli.state_directory import is_running, note_of
 from isthmus.cli.table import table
-from isthmus.cli.temporary import temporary_stack
+from isthmus.cli.temporary_stack import temporary_stack
 from isthmus.client import AsyncClient, Generation, Message
 from isthmus.errors import IsthmusError
 from isthmus.types import FinishReason
@@ -145,4 +145,6 @@ def _processes(stack: dict[str, Any]) -> str:
 def _left_behind(stack: dict[str, Any]) -> list[str]:
     pids = [stack["supervisor"], *(entry["pid"] for entry in _entries(stack))]
     paths = [Path(stack["logs"]).parent, note_of(stack["supervisor"])]
-    return [f"process {pid}" for pid in pids if is_running(pid)] + [str(path) for path in paths if path.exists()]
+    processes = [f"process {pid}" for pid in pids if is_running(pid)]
+    files = [str(path) for path in paths if path.exists()]
+    return processes + files

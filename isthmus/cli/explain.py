@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import grpc.aio
 
-from isthmus.cli.probe import GrpcProbe
-from isthmus.cli.state import newest_stack
+from isthmus.cli.grpc_probe import GrpcProbe
+from isthmus.cli.state_directory import newest_stack
 from isthmus.cli.timeline import RequestStory, StoryEvent
 from isthmus.errors import WorkersUnavailable
 from isthmus.process.rpc import channel

@@ -6,7 +6,7 @@ import json
 import sys
 
 from isthmus.cli import arguments
-from isthmus.cli.temporary import temporary_stack
+from isthmus.cli.temporary_stack import temporary_stack
 from isthmus.client import AsyncClient, AsyncStream
 
 

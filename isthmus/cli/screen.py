@@ -1,11 +1,12 @@
-"""Text of several requests at once, kept legible: one moving line each on a terminal, else whole blocks."""
+"""Shows the texts of several requests at once: one moving line each on a terminal, else one block each at its end."""
 
 import shutil
 import textwrap
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
+
+from isthmus.clock import Clock, SystemClock
 
 _UP = "\x1b[A"
 _CLEAR_BELOW = "\x1b[J"
@@ -18,11 +19,11 @@ class Screen(Protocol):
     """Where a demo writes while its requests run."""
 
     def progress(self, title: str, text: str) -> None:
-        """All the text of a request so far."""
+        """Shows a running request; `text` is all that it has so far."""
         ...
 
     def finished(self, title: str, question: str, text: str) -> None:
-        """Called in the order in which the requests are shown."""
+        """Shows a whole answer. Requests finish in the order in which they are shown."""
         ...
 
 
@@ -55,16 +56,17 @@ class PlainScreen:
 class LiveScreen:
     """For terminals: below the finished answers one line for each running request, showing the end of its text."""
 
-    def __init__(self, out: TextIO, columns: int):
+    def __init__(self, out: TextIO, columns: int, clock: Clock = SystemClock()):
         self._out = out
         self._columns = columns
+        self._clock = clock
         self._running: dict[str, str] = {}
         self._num_drawn = 0
         self._drawn_at = 0.0
 
     def progress(self, title: str, text: str) -> None:
         self._running[title] = text
-        if time.monotonic() - self._drawn_at >= _REDRAW_S:
+        if self._clock.now() - self._drawn_at >= _REDRAW_S:
             self._redraw("")
 
     def finished(self, title: str, question: str, text: str) -> None:
@@ -77,10 +79,11 @@ class LiveScreen:
 
     def _redraw(self, above: str) -> None:
         lines = [_tail(title, text, self._columns) for title, text in self._running.items()]
-        self._out.write((_UP * self._num_drawn) + "\r" + _CLEAR_BELOW + above + "".join(f"{line}\n" for line in lines))
+        below = "".join(f"{line}\n" for line in lines)
+        self._out.write(_UP * self._num_drawn + "\r" + _CLEAR_BELOW + above + below)
         self._out.flush()
         self._num_drawn = len(lines)
-        self._drawn_at = time.monotonic()
+        self._drawn_at = self._clock.now()
 
 
 def _block(title: str, question: str, text: str, width: int) -> str:

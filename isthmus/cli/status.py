@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isthmus.cli import redis_server
-from isthmus.cli.probe import GrpcProbe
-from isthmus.cli.state import newest_stack
+from isthmus.cli.grpc_probe import GrpcProbe
+from isthmus.cli.state_directory import newest_stack
 from isthmus.cli.table import table
 from isthmus.client.generation import fields_of
 from isthmus.errors import WorkersUnavailable

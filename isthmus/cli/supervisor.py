@@ -1,4 +1,7 @@
-"""Runs a stack's children: starts them, waits until all serve, restarts what dies, ends all within five seconds."""
+"""The driver of a stack's children: it starts them, waits until all serve, restarts what dies, and ends them all.
+
+A stop takes at most five seconds. When a child is started again is decided in restart_policy.py.
+"""
 
 import asyncio
 import contextlib
@@ -6,25 +9,24 @@ import os
 import signal
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from isthmus import log
 from isthmus.cli import redis_server
-from isthmus.cli.child import Child
-from isthmus.cli.probe import GrpcProbe
-from isthmus.cli.stack import ChildSpec
-from isthmus.cli.state import StateDir, start_ticks
-from isthmus.clock import Clock, SystemClock
+from isthmus.cli.child_process import Child
+from isthmus.cli.grpc_probe import GrpcProbe
+from isthmus.cli.restart_policy import RestartPolicy, StartPatience
+from isthmus.cli.stack_plan import ChildSpec
+from isthmus.cli.state_directory import StateDir, start_ticks
+from isthmus.clock import LoopClock, SystemClock
 from isthmus.config import EXIT_CANNOT_START
 
-_BACKOFF_S = (0.2, 5.0)  # first, most; doubled each time
-_LIVED_WELL_S = 10.0  # a child that lived this long starts over with the first
 _POLL_S = 0.1
-_LOOK_S = 2.0  # a start that takes longer is shown
 _REDIS_START_S = 5.0
 _DRAIN_S = 3.8  # services drain for 3 s and close; then they are killed
 _REDIS_STOP_S = 0.3
 _log = log.get_logger("supervisor")
+Probe: TypeAlias = GrpcProbe | redis_server.RedisProbe
 
 
 class StackFailed(Exception):
@@ -43,21 +45,26 @@ class Supervision:
 
 
 class Supervisor:
-    """Owner of the children; one run per object. Runs in the main thread: a child's death signal follows the thread
+    """Owns the children, and writes the stack's state file. One run per object.
 
-    that forked it.
+    It runs in the main thread: the kernel sends a child its death signal when the thread that forked it ends.
     """
 
-    def __init__(self, specs: Sequence[ChildSpec], state: StateDir, how: Supervision, *, clock: Clock | None = None):
+    def __init__(
+        self, specs: Sequence[ChildSpec], state: StateDir, how: Supervision, *, clock: LoopClock = SystemClock()
+    ):
         self._children = [Child(spec, state.logs) for spec in specs]
         self._state = state
         self._how = how
-        self._clock = clock or SystemClock()
+        self._clock = clock
         self._is_ready = False
         self._stopping = asyncio.Event()
 
     async def run(self, on_ready: Callable[[dict[str, Any]], None]) -> None:
-        """Until a signal. Raises StackFailed; whatever happens, no child is left."""
+        """Runs until a signal comes. Raises StackFailed; whatever happens, no child is left.
+
+        `on_ready` is called once, with the ready object, when all children serve.
+        """
         with self._signals():
             try:
                 await self._run_until_stopped(on_ready)
@@ -69,9 +76,9 @@ class Supervisor:
 
     def describe(self) -> dict[str, Any]:
         """The ready object: who runs where."""
-        given = (
-            [] if self._how.given_redis is None else [{"name": "redis", "pid": None, "address": self._how.given_redis}]
-        )
+        redis = self._entries("redis")
+        if self._how.given_redis is not None:
+            redis.append({"name": "redis", "pid": None, "address": self._how.given_redis})
         return {
             "ready": self._is_ready,
             "supervisor": os.getpid(),
@@ -80,7 +87,7 @@ class Supervisor:
             "routers": self._entries("router"),
             "prefill": self._entries("prefill"),
             "decode": self._entries("decode"),
-            "redis": self._entries("redis") + given,
+            "redis": redis,
         }
 
     def _entries(self, role: str) -> list[dict[str, Any]]:
@@ -107,10 +114,10 @@ class Supervisor:
         on_ready(self.describe())
 
     async def _keep(self, child: Child) -> None:
-        """One child's life: started again whenever it ends."""
-        backoff_s = _BACKOFF_S[0]
+        """Runs one child, and starts it again whenever it ends. Raises StackFailed for one that cannot start."""
+        policy = RestartPolicy()
         while True:
-            started_at = self._clock.now()
+            policy.started(self._clock.now())
             await child.start()
             self._write()
             _log.info("child.started", name=child.spec.name, pid=child.pid)
@@ -121,33 +128,22 @@ class Supervisor:
                 raise StackFailed(f"{child.spec.name}: {child.last_words()}\nits log: {child.log_path}")
             if not self._how.restart:
                 return
-            if self._clock.now() - started_at > _LIVED_WELL_S:
-                backoff_s = _BACKOFF_S[0]
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(_BACKOFF_S[1], backoff_s * 2)
-            child.num_restarts += 1
+            await self._clock.sleep(policy.ended(self._clock.now()))
+            child.restarts()
 
     async def _wait_serving(self, children: Sequence[Child], timeout_s: float) -> None:
         """Raises StackFailed naming who does not serve, why, and where its log is."""
-        deadline = self._clock.now() + timeout_s
-        next_look = self._clock.now() + _LOOK_S
+        patience = StartPatience(timeout_s, self._clock.now())
         async with contextlib.AsyncExitStack() as opened:
             waiting = {child: await opened.enter_async_context(_probe(child)) for child in children}
-            while True:
-                answers = await asyncio.gather(*(probe.is_serving() for probe in waiting.values()))
-                waiting = {
-                    child: probe for (child, probe), yes in zip(waiting.items(), answers, strict=True) if not yes
-                }
-                if not waiting:
-                    self._how.on_waiting({})
-                    return
-                if self._clock.now() > deadline:
+            while waiting := await _not_serving(waiting):
+                if patience.is_over(self._clock.now()):
                     reasons = [await _why_not(child, probe) for child, probe in waiting.items()]
                     raise StackFailed("\n".join([f"not serving after {timeout_s:g} s:", *reasons]))
-                if self._clock.now() > next_look:
-                    next_look = self._clock.now() + _POLL_S
+                if patience.is_tried(self._clock.now()):
                     self._how.on_waiting({child.spec.name: await probe.reason() for child, probe in waiting.items()})
-                await asyncio.sleep(_POLL_S)
+                await self._clock.sleep(_POLL_S)
+        self._how.on_waiting({})
 
     async def _end_children(self) -> None:
         """Services first, all at once; Redis when nobody needs it any more."""
@@ -171,16 +167,26 @@ class Supervisor:
                 loop.remove_signal_handler(number)
 
 
-def _probe(child: Child) -> GrpcProbe | redis_server.RedisProbe:
-    return redis_server.RedisProbe(child.spec.address) if child.spec.address else GrpcProbe(child.spec.grpc or "")
+def _probe(child: Child) -> Probe:
+    if child.spec.address is not None:
+        return redis_server.RedisProbe(child.spec.address)
+    assert child.spec.grpc is not None, "a service has a port"
+    return GrpcProbe(child.spec.grpc)
 
 
-async def _why_not(child: Child, probe: GrpcProbe | redis_server.RedisProbe) -> str:
+async def _not_serving(waiting: Mapping[Child, Probe]) -> dict[Child, Probe]:
+    answers = await asyncio.gather(*(probe.is_serving() for probe in waiting.values()))
+    serving = {child for child, serves in zip(waiting, answers, strict=True) if serves}
+    return {child: probe for child, probe in waiting.items() if child not in serving}
+
+
+async def _why_not(child: Child, probe: Probe) -> str:
     ended = f"it ended {child.num_restarts} times, at last with: {child.last_words()}" if child.num_restarts else ""
     return f"{child.spec.name}: {ended or await probe.reason()}; its log: {child.log_path}"
 
 
 async def _end(children: Sequence[Child], timeout_s: float) -> None:
+    """SIGTERM to all at once, and SIGKILL to those that are left when the time is up."""
     alive = [child for child in children if child.pid is not None]
     for child in alive:
         child.send(signal.SIGTERM)

@@ -11,8 +11,8 @@ from typing import Any, TextIO
 
 from isthmus import log
 from isthmus.cli import arguments
-from isthmus.cli.stack import Ports, StackSpec, plan
-from isthmus.cli.state import StateDir, noted, open_state_dir
+from isthmus.cli.stack_plan import Ports, StackSpec, plan
+from isthmus.cli.state_directory import StateDir, noted, open_state_dir
 from isthmus.cli.supervisor import StackFailed, Supervision, Supervisor
 
 _UP = "\x1b[A"

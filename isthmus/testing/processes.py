@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from isthmus.cli.child import launched
-from isthmus.cli.stack import HOST, Ports
+from isthmus.cli.child_process import launched
+from isthmus.cli.stack_plan import HOST, Ports
 from isthmus.config import checkout_root, worker_environment
 from isthmus.testing.stack import Stack, status, until
 from isthmus.v1 import admin_pb2
@@ -32,7 +32,7 @@ class Worker:
     process: "subprocess.Popen[bytes]"
 
     async def retire(self, timeout_s: float = 30.0) -> int:
-        """SIGTERM, as a pool is made smaller; the exit status. Raises TimeoutExpired."""
+        """Ends it with SIGTERM, as when a pool is made smaller; returns the exit status. Raises TimeoutExpired."""
         self.process.send_signal(signal.SIGTERM)
         return await asyncio.to_thread(self.process.wait, timeout_s)
 
@@ -59,7 +59,7 @@ def added_worker(stack: Stack, role: str, name: str, *more_flags: str, host: str
 
 
 async def status_or_none(address: str) -> admin_pb2.GetStatusResponse | None:
-    """None when nobody answers within a second."""
+    """What a service says of itself; None when it does not answer within a second."""
     try:
         return await status(address, _ASK_S)
     except grpc.aio.AioRpcError:
@@ -74,6 +74,7 @@ async def is_known(stack: Stack, name: str, incarnation: str) -> bool:
 
 
 async def serves(stack: Stack, name: str, address: str, role: str) -> bool:
+    """Whether a process serves; a worker only once every router knows its present incarnation."""
     seen = await status_or_none(address)
     if seen is None or not seen.serving:
         return False
@@ -81,6 +82,8 @@ async def serves(stack: Stack, name: str, address: str, role: str) -> bool:
 
 
 async def until_known(stack: Stack, worker: Worker) -> None:
+    """Waits until an added worker serves. Raises AssertionError when it ended, or takes too long."""
+
     async def joined() -> bool:
         assert worker.process.poll() is None, f"{worker.name} ended with {worker.process.returncode}"
         return await serves(stack, worker.name, worker.grpc, worker.role)
@@ -89,7 +92,7 @@ async def until_known(stack: Stack, worker: Worker) -> None:
 
 
 async def statuses(stack: Stack, *added: Worker) -> dict[str, admin_pb2.GetStatusResponse]:
-    """Of every service by name. Raises AioRpcError when one does not answer."""
+    """The status of every service by its name. Raises AioRpcError when one does not answer."""
     addresses = {entry["name"]: entry["grpc"] for entry in stack.current() if "grpc" in entry}
     addresses |= {worker.name: worker.grpc for worker in added}
     answers = await asyncio.gather(*(status(address) for address in addresses.values()))
@@ -97,11 +100,15 @@ async def statuses(stack: Stack, *added: Worker) -> dict[str, admin_pb2.GetStatu
 
 
 def left_over(seen: dict[str, admin_pb2.GetStatusResponse]) -> list[str]:
-    """What a quiet stack must not hold: streams, queued requests, referenced or draining blocks."""
+    """Lines for what a quiet stack must not hold: streams, queued requests, blocks that are not free."""
     held = []
     for name, one in seen.items():
-        counts = {"streams": one.num_streams, "queued": one.num_queued}
-        counts |= {"referenced": one.blocks.referenced, "draining": one.blocks.draining}
-        counts |= {"not free": one.blocks.total - one.blocks.free}
+        counts = {
+            "streams": one.num_streams,
+            "queued": one.num_queued,
+            "referenced": one.blocks.referenced,
+            "draining": one.blocks.draining,
+            "not free": one.blocks.total - one.blocks.free,
+        }
         held += [f"{name}: {count} {what}" for what, count in counts.items() if count]
     return held

@@ -8,7 +8,7 @@ _CHUNK_BYTES = 65_536
 
 
 class Relay:
-    """Passes bytes both ways until it freezes (reads and passes on nothing more) or cuts (resets)."""
+    """Passes bytes both ways between clients and one far port, until it is told to fail. For one event loop."""
 
     def __init__(self, host: str, port: int):
         self._far = (host, port)
@@ -18,12 +18,15 @@ class Relay:
         self._flows.set()
 
     def freeze(self) -> None:
+        """Passes on nothing more, but keeps every connection open."""
         self._flows.clear()
 
     def thaw(self) -> None:
+        """Goes on, with what has arrived meanwhile."""
         self._flows.set()
 
     def cut(self) -> None:
+        """Resets every connection."""
         for writer in self._writers:
             writer.transport.abort()
 
@@ -49,7 +52,7 @@ class Relay:
 async def relayed_port(
     port: int, *, far_host: str = "127.0.0.1", host: str = "127.0.0.1", listen: int = 0
 ) -> AsyncGenerator[tuple[Relay, str]]:
-    """A relay before `far_host:port`, and the address it listens on."""
+    """A relay before `far_host:port`, and the address on which it listens. `listen`: that port, 0 for a free one."""
     relay = Relay(far_host, port)
     listener = await asyncio.start_server(relay.accept, host, listen)
     try:

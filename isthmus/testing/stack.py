@@ -26,7 +26,7 @@ POOLS = ("routers", "prefill", "decode", "redis")
 
 
 class Stack:
-    """`isthmus up --json` as a user runs it."""
+    """A running `isthmus up --json`, as a user runs it."""
 
     def __init__(self, process: "subprocess.Popen[str]", ready: dict[str, Any]):
         self.process = process
@@ -34,6 +34,7 @@ class Stack:
 
     @property
     def router(self) -> str:
+        """The first router's address."""
         return self.routers[0]
 
     @property
@@ -60,7 +61,7 @@ class Stack:
         return next(entry for entry in self.current() if entry["name"] == name)
 
     def send(self, name: str, number: signal.Signals) -> None:
-        """To the process that has this name now; nothing happens while it is between two lives."""
+        """Sends a signal to the process that has this name now; nothing happens while there is none."""
         pid = self.process_named(name)["pid"]
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -78,6 +79,7 @@ class Stack:
 def running_stack(
     *flags: str, env: dict[str, str] | None = None, ready_timeout_s: float = READY_TIMEOUT_S
 ) -> Iterator[Stack]:
+    """A stack for the block, with these flags of `isthmus up`; it is ended however the block ends."""
     process = start_supervisor("--ready-timeout", str(0.9 * ready_timeout_s), *flags, env=env)
     try:
         yield Stack(process, read_ready(process, ready_timeout_s))
@@ -98,12 +100,14 @@ def close(process: "subprocess.Popen[str]") -> None:
 
 
 def start_supervisor(*flags: str, env: dict[str, str] | None = None) -> "subprocess.Popen[str]":
+    """`isthmus up --json` as a child, its output in pipes. `env`: variables besides those of every worker."""
     command = [sys.executable, "-m", "isthmus.cli", "up", "--json", *flags]
     merged = {**worker_environment(), **(env or {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=merged)
 
 
 def read_ready(process: "subprocess.Popen[str]", timeout_s: float = READY_TIMEOUT_S) -> dict[str, Any]:
+    """The ready object. Raises AssertionError with what the supervisor said when there is none in time."""
     assert process.stdout is not None
     readable, _, _ = select.select([process.stdout], [], [], timeout_s)
     line = process.stdout.readline() if readable else ""
@@ -133,6 +137,7 @@ class Result:
         return types_pb2.FinishReason.Name(self.finished.finish_reason).removeprefix("FINISH_REASON_").lower()
 
     def take(self, response: inference_pb2.GenerateResponse) -> None:
+        """Adds a response. Raises AssertionError for one that no stream may hold at this point."""
         match response.WhichOneof("event"):
             case "accepted":
                 assert self.accepted is None, "accepted twice"
@@ -160,7 +165,7 @@ class Result:
 
 
 class StackClient:
-    """Talks to one router through its real port."""
+    """Talks to one router through its real port, without the client library. An async context manager."""
 
     def __init__(self, address: str):
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_send_message_length", 64 << 20)])
@@ -184,6 +189,7 @@ class StackClient:
             yield response
 
     async def generate(self, request: inference_pb2.GenerateRequest, timeout_s: float | None = 60.0) -> Result:
+        """Reads a stream to its end. Raises AioRpcError."""
         result = Result()
         async for response in self.stream(request, timeout_s):
             result.take(response)
@@ -191,13 +197,14 @@ class StackClient:
         return result
 
     async def failing_or_not(self, request: inference_pb2.GenerateRequest) -> Result:
+        """As `generate`, for a request that may fail: then the result holds the error and nothing else."""
         try:
             return await self.generate(request)
         except grpc.aio.AioRpcError as error:
             return Result(error=error)
 
     async def failing(self, request: inference_pb2.GenerateRequest, timeout_s: float | None = 30.0) -> Result:
-        """Like `generate`, for a request that has to fail."""
+        """As `generate`, for a request that has to fail: the error is in the result. Raises AssertionError."""
         result = Result()
         try:
             async for response in self.stream(request, timeout_s):
@@ -209,7 +216,7 @@ class StackClient:
 
 
 def request(prompt: str | Sequence[int | tuple[str, str]], **sampling: Any) -> inference_pb2.GenerateRequest:
-    """A prompt as text, as token ids, or as (role, content) chat messages."""
+    """A request whose prompt is text, token ids, or (role, content) chat messages."""
     message = inference_pb2.GenerateRequest(sampling=types_pb2.SamplingParams(**sampling))
     if isinstance(prompt, str):
         message.prompt = prompt
@@ -234,7 +241,7 @@ async def ledger(address: str, request_id: str = "") -> list[admin_pb2.LedgerEve
 
 
 async def until(condition: Any, timeout_s: float, what: str) -> None:
-    """Polls an async condition; the only waiting the tests do."""
+    """Waits until an async condition holds. Raises AssertionError naming `what` when it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not await condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
@@ -242,4 +249,9 @@ async def until(condition: Any, timeout_s: float, what: str) -> None:
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    """Those that still run; a zombie does not."""
+    return [pid for pid in pids if _is_alive(pid)]
+
+
+def _is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -1,9 +1,11 @@
 """The model's chat template, run in a sandbox with bounds; no message can pass for one of the model's control tokens.
 
-Contents are marked before the template sees them: a guard, a character that occurs nowhere else, stands before the
-first visible character and after every character that begins a control token. So no control token can begin in a
-content, nor run from the template's own text into one; split first, drop the guards after, and contents are plain text.
-What the template looks for in contents (`'</think>' in content`) is marked alike.
+The content of each message is marked before the template sees it. The mark is the guard: a character that occurs
+nowhere else. It stands before the first visible character of a content, and after every character that begins a control
+token. Therefore no control token can begin inside a content, and none can run from the template's own text into one.
+Whoever reads the rendered text first splits it at the control tokens and then drops the guards; what is left of the
+contents is plain text. The strings that the template itself looks for in contents (`'</think>' in content`) are marked
+in the same way, so that they are still found.
 """
 
 import datetime
@@ -43,6 +45,8 @@ _TEMPLATE_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class ChatLimits:
+    """Bounds of one rendering."""
+
     max_messages: int = 1024
     max_characters: int = 1 << 21  # of the rendered chat, and of every string on the way to it
     max_seconds: float = 1.0  # of the rendering thread's own time
@@ -50,10 +54,13 @@ class ChatLimits:
 
 @dataclass(frozen=True, slots=True)
 class GuardedText:
+    """A rendered chat whose contents carry guards."""
+
     text: str
-    guard: str
+    guard: str  # one character
 
     def plain(self, part: str) -> str:
+        """A part of the text without its guards."""
         return part.replace(self.guard, "")
 
 
@@ -61,12 +68,15 @@ _DEFAULT_LIMITS = ChatLimits()
 
 
 class ChatTemplate:
-    """Compiled once; `render` may be called from any thread."""
+    """A template that was compiled once. It does not change; any thread may render."""
 
     def __init__(
         self, source: str, variables: Mapping[str, str], controls: Sequence[str], limits: ChatLimits = _DEFAULT_LIMITS
     ):
-        """`variables`: bos_token and the like; `controls`: the control tokens. Raises CannotStart."""
+        """`variables`: the named tokens, as bos_token. `controls`: the control tokens' texts.
+
+        Raises CannotStart when the template cannot be compiled.
+        """
         self._limits = limits
         self._source = source
         self._variables: dict[str, object] = {**variables, "tools": None, "documents": None}
@@ -85,7 +95,10 @@ class ChatTemplate:
             raise CannotStart("chat_template", f"cannot compile: {error}", "repair the model's template") from error
 
     def render(self, messages: Sequence[ChatMessage]) -> GuardedText:
-        """Raises InvalidRequest for bad messages, for a chat the template refuses, and beyond the limits."""
+        """The chat's text, up to where the model's answer begins.
+
+        Raises InvalidRequest for bad messages, for a chat that the template refuses, and for one beyond the limits.
+        """
         self._check(messages)
         guard = self._choose_guard(messages)
         shown = [{"role": message.role, "content": self._guarded(message.content, guard)} for message in messages]
@@ -149,12 +162,18 @@ def _sought(node: nodes.Compare | nodes.Call | nodes.Filter) -> list[nodes.Expr]
 
 
 class _OverLimit(BaseException):
-    """A template ran into a bound. Jinja swallows an Exception in places, and the watch ends with the first."""
+    """A template ran into a bound.
+
+    It is no Exception: Jinja swallows those in places, and the watch is gone once it has raised.
+    """
 
 
 @contextmanager
 def _bounded(limits: ChatLimits) -> Generator[None]:
-    """Watches every line and return value of Python code in this thread: a template cannot loop or grow unseen."""
+    """While the block runs, every line and every return value of Python code in this thread is watched.
+
+    So a template can neither loop without an end nor grow a value without a bound. Raises _OverLimit.
+    """
     deadline = time.thread_time() + limits.max_seconds
 
     def watch(frame: FrameType, event: str, value: object) -> Any:
@@ -173,7 +192,10 @@ def _bounded(limits: ChatLimits) -> Generator[None]:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """What C code could make huge is sized before it is made; other growth is a return value that `_bounded` sees."""
+    """A sandbox that sizes what C code could make huge before it is made.
+
+    Anything else that grows is a return value of Python code, which `_bounded` sees.
+    """
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
@@ -197,14 +219,18 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _size(value: object) -> int:
-    """Bits of a number, elements of a sequence."""
+    """The bits of a number or the elements of a sequence; 1 for anything else."""
     if isinstance(value, int):
         return value.bit_length()
     return len(value) if isinstance(value, Sized) else 1
 
 
 def _bound_work(name: str, *values: object) -> None:
-    """Called before C code, which nothing watches: sizes may multiply, a width or a count is taken as it is."""
+    """Raises _OverLimit for a call of C code that could make too much. It comes before the call: C code is not watched.
+
+    The sizes of texts and sequences are multiplied, since one may be inserted into another as often as it is long. A
+    number may be a width or a count, and is bounded by itself.
+    """
     if name.startswith("format") and isinstance(values[0], str) and _WIDE.search(values[0]):
         raise _OverLimit("too wide a format")
     work = 1

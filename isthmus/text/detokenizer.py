@@ -10,14 +10,18 @@ from isthmus.text.vocabulary import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Text that became certain. After `stopped` nothing more comes."""
+    """Text that no later token can change."""
 
     text: str
-    stopped: bool
+    stopped: bool  # a stop string was found: nothing more comes
 
 
 class Detokenizer:
-    """One stream's text. Holds back bytes of an unfinished character and text that may still become a stop string."""
+    """The text of one stream's tokens. Written by whoever delivers that stream.
+
+    It holds back the bytes of an unfinished character, and text that may still become a stop string. `stop`: strings
+    that end the text, none of them empty; they are cut off unless `include_stop`.
+    """
 
     def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = (), *, include_stop: bool = False):
         assert all(stop), "an empty stop string would match everywhere"
@@ -30,25 +34,27 @@ class Detokenizer:
         self._stopped = False
 
     def push(self, token_id: int) -> Released:
-        """One more token, in order. A call after the stop releases nothing."""
+        """The text that the next token releases; after a stop string nothing is released."""
         token_bytes = self._vocabulary.bytes_of(token_id)
         if self._stopped or not token_bytes:
             return Released("", self._stopped)
         return self._release(self._characters.decode(token_bytes))
 
     def finish(self) -> str:
-        """What was held back, once no token follows; an unfinished character becomes U+FFFD."""
+        """The text that was held back, once no token follows; an unfinished character becomes U+FFFD."""
         if self._stopped:
             return ""
         released = self._release(self._characters.decode(b"", final=True))
-        held, self._held = self._held, ""
+        held = self._held
+        self._held = ""
         return released.text if released.stopped else released.text + held
 
     def _release(self, text: str) -> Released:
         if self._strips_next and text:
-            text, self._strips_next = text.removeprefix(" "), False
+            text = text.removeprefix(" ")
+            self._strips_next = False
         text = self._held + text
-        # Of stop strings in it the first to end counts, of those the longest.
+        # Of several stop strings the one that ends first counts; of those that end together, the longest.
         found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
             end, start = min(found)
@@ -60,7 +66,11 @@ class Detokenizer:
         return Released(text[:certain], stopped=False)
 
     def _num_held(self, text: str) -> int:
-        """Of the sorted stop strings, the first not below an end of the text begins with it, if any does."""
+        """How many characters at the end of the text may still become a stop string.
+
+        Strings that begin with such an end stand side by side among the sorted stop strings: if there is one, the first
+        string that does not sort before that end is one.
+        """
         longest = max(map(len, self._stop), default=0)
         for size in range(min(len(text), longest - 1), 0, -1):
             end = text[-size:]

@@ -1,4 +1,4 @@
-"""When a sequence ends: a pure function of the request and its tokens, the same on prefill, decode and router."""
+"""When a request has all its tokens: a pure function of request and tokens, the same in every process."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,10 @@ from isthmus.types import FinishReason, Request
 
 
 def finish_reason(request: Request, token_ids: Sequence[int], context_length: int) -> FinishReason | None:
-    """Why the sequence ends after the last of `token_ids` (all emitted so far), or None. Stop strings: the router."""
+    """Why the request ends after the last of `token_ids`, or None when more tokens follow.
+
+    `token_ids`: all emitted so far. Stop strings are looked for by the router, which alone knows the text.
+    """
     sampling = request.sampling
     num_tokens = len(token_ids)
     if num_tokens > sampling.min_tokens:
@@ -17,5 +20,5 @@ def finish_reason(request: Request, token_ids: Sequence[int], context_length: in
 
 
 def is_full(request: Request, num_tokens: int, context_length: int) -> bool:
-    """Whether no token follows so many, whatever they are."""
+    """Whether `num_tokens` emitted tokens reach the request's or the context's limit."""
     return num_tokens >= request.sampling.max_tokens or len(request.prompt_token_ids) + num_tokens >= context_length

@@ -1,4 +1,4 @@
-"""Two token sources, one stream: prefill sends token 0, decode sends them all; the router alone delivers. Pure."""
+"""One stream from two sources: prefill sends token 0, decode sends every token, and each is delivered once. Pure."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
@@ -11,9 +11,9 @@ TokenT = TypeVar("TokenT")
 class TokenMerge(Generic[TokenT]):
     """Delivers each index once, in order, from whichever copy comes first.
 
-    A later copy must equal the delivered one (generation is a pure function): a differing copy, or an index beyond
-    `max_tokens`, raises DataLoss. Copies of a second attempt go through the same merge, so a retry repeats nothing.
-    What was delivered by an earlier call is known by its id alone.
+    Written by whoever delivers the stream. A later copy must equal the delivered one, since generation is a pure
+    function: a copy that differs, or an index beyond `max_tokens`, raises DataLoss. Copies of a second attempt go
+    through the same merge, so a retry repeats nothing. Tokens that an earlier call delivered are known by their ids.
     """
 
     def __init__(self, max_tokens: int, id_of: Callable[[TokenT], int], identity: Callable[[TokenT], Hashable]):

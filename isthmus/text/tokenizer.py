@@ -21,10 +21,17 @@ _IDS_ONLY = "token_ids: the model has no tokenizer.json"
 
 
 class Tokenizer:
-    """Immutable; any thread may use it. Encoding releases the GIL, so it belongs in a thread, not on the event loop."""
+    """Encodes and decodes text. It does not change; any thread may use it.
+
+    Encoding may take seconds and releases the GIL: it belongs in a thread, not on an event loop.
+    """
 
     def __init__(self, settings: Mapping[str, Any], config: Mapping[str, Any], template: str | None = None):
-        """From tokenizer.json, tokenizer_config.json and, before the latter's own template, chat_template.jinja."""
+        """`settings`: tokenizer.json; `config`: tokenizer_config.json; `template`: chat_template.jinja, or None.
+
+        The template of `config` is used when `template` is None. Raises CannotStart, and LookupError, TypeError or
+        ValueError for a file that is not as published.
+        """
         added = read_added_tokens(settings)
         self._controls = {token.content: token.id for token in added if token.is_control and len(token.content) > 1}
         unknown = (settings.get("model") or {}).get("unk_token")  # what a character outside the vocabulary becomes
@@ -44,7 +51,10 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path | str) -> "Tokenizer":
-        """Reads a model directory. Raises CannotStart naming the file; without one the model speaks token ids only."""
+        """The tokenizer of a model directory; NoTokenizer for one without a tokenizer.json.
+
+        Raises CannotStart naming the file that is wrong.
+        """
         folder = Path(path)
         if not (folder / "tokenizer.json").is_file():
             return NoTokenizer()
@@ -60,13 +70,14 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids the tokenizer knows; a model's vocabulary may be padded beyond it."""
+        """The number of ids that the tokenizer knows; a model's vocabulary may be padded beyond it."""
         return len(self._vocabulary.token_bytes)
 
     def encode(self, text: str, *, max_bytes: int = MAX_TEXT_BYTES, max_tokens: int | None = None) -> list[int]:
-        """With bos as the model's files say. Control tokens written in `text` stay text.
+        """The ids of a text, with bos and eos as the model's files say. Control tokens written in `text` stay text.
 
-        Raises InvalidRequest over `max_bytes`, and before any work when the text must have more than `max_tokens`.
+        Raises InvalidRequest for more than `max_bytes` of UTF-8, and, before the text is encoded, when its length alone
+        says that it has more than `max_tokens`.
         """
         least = int(_check_size(text, max_bytes, "prompt") * self._min_tokens_per_byte)
         if max_tokens is not None and least > max_tokens:
@@ -74,7 +85,11 @@ class Tokenizer:
         return [*self._before, *self._encode_text(text, "prompt"), *self._after]
 
     def encode_chat(self, messages: Sequence[ChatMessage], *, max_bytes: int = MAX_TEXT_BYTES) -> list[int]:
-        """Through the model's chat template, which writes bos itself. Contents become text only, whatever they say."""
+        """The ids of a chat that the model's template rendered; the template writes bos itself.
+
+        Contents become plain text, whatever they say. Raises InvalidRequest for a chat that the template refuses, for
+        one that is too large, and when the model has no template.
+        """
         if self._chat_template is None:
             allowed = "prompt or token_ids: the model has no chat template"
             raise InvalidRequest.of("chat", f"{len(messages)} messages", allowed)
@@ -98,11 +113,12 @@ class Tokenizer:
         return self._encode_text(self._seam + part, "chat")[1:] if before and part else self._encode_text(part, "chat")
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """What a Detokenizer without stop strings releases for these tokens in all."""
+        """The whole text of these tokens: what a Detokenizer without stop strings releases for them."""
         text = b"".join(map(self._vocabulary.bytes_of, token_ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._vocabulary.strips_leading_space else text
 
     def detokenizer(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> Detokenizer:
+        """The text of a new stream, released token by token; `stop` and `include_stop` as Detokenizer has them."""
         return Detokenizer(self._vocabulary, stop, include_stop=include_stop)
 
     def _encode_text(self, text: str, field: str) -> list[int]:
@@ -114,7 +130,7 @@ class Tokenizer:
 
 
 class NoTokenizer(Tokenizer):
-    """Of a model published without tokenizer.json (Kimi, Moonlight): prompts and answers are token ids."""
+    """For a model that was published without tokenizer.json (Kimi, Moonlight): prompts and answers are token ids."""
 
     def __init__(self) -> None:
         self._vocabulary = Vocabulary((), strips_leading_space=False)
@@ -135,13 +151,16 @@ class NoTokenizer(Tokenizer):
 
 
 def _any_of(controls: Iterable[str]) -> re.Pattern[str]:
-    """One group, so that `split` keeps what matched; the longest token wins."""
+    """Matches any of the control tokens, the longest first; in a group, so that `split` keeps what matched."""
     longest_first = sorted(controls, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def _backend(settings: Mapping[str, Any], added: Sequence[AddedToken]) -> tokenizers.Tokenizer:
-    """Reads control tokens as text: it leaves special tokens alone, so controls left unmarked become special here."""
+    """The library's tokenizer, set up to read control tokens as text.
+
+    It reads special tokens so when asked; control tokens that the file does not mark as special are marked here.
+    """
     controls = {token.id for token in added if token.is_control}
     entries = [{**entry, "special": entry["id"] in controls} for entry in settings.get("added_tokens") or []]
     changed = {**settings, "added_tokens": entries, "truncation": None, "padding": None}
@@ -159,7 +178,10 @@ def _backend(settings: Mapping[str, Any], added: Sequence[AddedToken]) -> tokeni
 def _frame(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]
 ) -> tuple[list[int], list[int]]:
-    """Ids before and after every prompt: an explicit add_bos_token or add_eos_token wins over the post-processor."""
+    """The ids before and after every prompt: (before, after).
+
+    They are those of the post-processor, unless add_bos_token or add_eos_token says otherwise.
+    """
     probe = backend.encode("a", add_special_tokens=True)
     is_text = [not mask for mask in probe.special_tokens_mask]
     first = is_text.index(True)
@@ -173,7 +195,10 @@ def _frame(
 
 
 def _min_tokens_per_byte(settings: Mapping[str, Any], vocabulary: Vocabulary) -> float:
-    """A lower bound, so that a text that cannot fit is refused unread; 0 where a normalizer may shorten text."""
+    """A lower bound, by which a text that cannot fit is refused before it is encoded.
+
+    It is 0 where a normalizer may shorten the text.
+    """
     normalizer = settings.get("normalizer")
     if normalizer and normalizer.get("normalizers", True):
         return 0.0
@@ -181,7 +206,7 @@ def _min_tokens_per_byte(settings: Mapping[str, Any], vocabulary: Vocabulary) ->
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and the like, as templates use them; one that is null is undefined there."""
+    """bos_token and the like, by the names that templates use. A token that is null stays undefined there."""
     named = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
     return {name: value for name, value in named.items() if name.endswith("_token") and isinstance(value, str)}
 
@@ -194,7 +219,7 @@ def _template_source(config: Mapping[str, Any]) -> str | None:
 
 
 def _check_size(text: str, max_bytes: int, field: str) -> int:
-    """The text's size in bytes."""
+    """The text's size in bytes of UTF-8. Raises InvalidRequest for more than `max_bytes`."""
     try:
         num_bytes = len(text.encode())
     except UnicodeEncodeError:

@@ -20,11 +20,13 @@ _CONTROL_OPENINGS = "<[\uff5c"
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
+    """A token that tokenizer.json lists beside the vocabulary proper."""
+
     id: int
     content: str
     is_special: bool  # releases no text
-    lstrip: bool  # takes the white space before it
-    rstrip: bool  # and behind it
+    lstrip: bool  # swallows the white space before it
+    rstrip: bool  # swallows the white space behind it
 
     @property
     def is_control(self) -> bool:
@@ -34,24 +36,28 @@ class AddedToken:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """`token_bytes[id]`: the UTF-8 a token adds to the text, perhaps part of a character; empty for special tokens."""
+    """What each token id adds to the text."""
 
-    token_bytes: tuple[bytes, ...]
-    strips_leading_space: bool
+    token_bytes: tuple[bytes, ...]  # by id: UTF-8, perhaps part of a character; empty for special tokens
+    strips_leading_space: bool  # of the whole text
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Ids the tokenizer does not know (a padded vocabulary) stand for nothing."""
+        """Empty for ids that the tokenizer does not know: a model's vocabulary may be padded."""
         return self.token_bytes[token_id] if 0 <= token_id < len(self.token_bytes) else b""
 
 
 def read_added_tokens(settings: Mapping[str, Any]) -> list[AddedToken]:
+    """The added tokens of a tokenizer.json. Raises LookupError or TypeError when the file is not as published."""
     entries = cast("list[dict[str, Any]]", settings.get("added_tokens") or [])
     flags = ("special", "lstrip", "rstrip")
     return [AddedToken(entry["id"], entry["content"], *(bool(entry.get(flag)) for flag in flags)) for entry in entries]
 
 
 def read_vocabulary(settings: Mapping[str, Any], ids: Mapping[str, int]) -> Vocabulary:
-    """From tokenizer.json and the ids of all tokens, added ones included. Raises CannotStart for unknown decoders."""
+    """The vocabulary of a tokenizer.json; `ids`: all tokens and their ids, added ones included.
+
+    Raises CannotStart for a decoder that is not known.
+    """
     decoders = _flatten(settings.get("decoder"))
     added = read_added_tokens(settings)
     if is_byte_level := {decoder["type"] for decoder in decoders} == {"ByteLevel"}:
@@ -92,7 +98,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 def _byte_level_bytes(token: str, by_character: Mapping[str, int]) -> bytes:
-    """A token with a character outside the alphabet is an added one, written as it is."""
+    """A token with a character outside the alphabet is an added one, and is its own text."""
     try:
         return bytes(by_character[character] for character in token)
     except KeyError:

@@ -14,7 +14,7 @@ from isthmus.clock import LoopClock
 from isthmus.config import RouterConfig
 from isthmus.errors import DeadlinePassed, Draining, InvalidRequest, IsthmusError, WorkersUnavailable
 from isthmus.process.serving import until_none_left
-from isthmus.text.workers import TextWorkers
+from isthmus.text.text_threads import TextThreads
 from isthmus.v1 import inference_pb2, inference_pb2_grpc
 from router.client.caller import ClientGone, ResumeWish
 from router.client.validate import (
@@ -41,7 +41,7 @@ class Backend:
 
     lives: Lives
     model: ModelFacts
-    text: TextWorkers
+    text: TextThreads
     clock: LoopClock
 
 
@@ -229,7 +229,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 async def _encode(
-    text: TextWorkers, message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest
+    text: TextThreads, message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest
 ) -> Sequence[int]:
     if isinstance(message, inference_pb2.GenerateRequest) and message.HasField("token_ids"):
         return message.token_ids.ids

@@ -26,7 +26,9 @@ class Process(admin_pb2_grpc.AdminServiceServicer):
     def __init__(
         self, name: str, role: str, shift_s: float = 0.0, *events: tuple[float, str, str, str, dict[str, str]]
     ):
-        self.name, self.role, self.events = name, role, events
+        self.name = name
+        self.role = role
+        self.events = events
         self.shift_ns = int(shift_s * 1e9)
         self.zero_ns = ZERO_NS
         self.workers: list[admin_pb2.WorkerStatus] = []
@@ -222,7 +224,8 @@ def attempts(story: RequestStory) -> Sequence[str]:
 
 
 def test_attempts_say_why_there_was_another() -> None:
-    first, second = {"prefill": "prefill-0", "decode": "decode-0"}, {"prefill": "prefill-0", "decode": "decode-1"}
+    first = {"prefill": "prefill-0", "decode": "decode-0"}
+    second = {"prefill": "prefill-0", "decode": "decode-1"}
     story = told(
         (0, "router-0", "request.accepted", 0, "", {}),
         (1, "router-0", "request.placed", 1, "", first),

@@ -22,7 +22,8 @@ LOGPROB = struct.unpack("<f", struct.pack("<f", -0.31))[0]
 
 class Router(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, *, loses: int | None = None, hangs: bool = False) -> None:
-        self.loses, self.hangs = loses, hangs  # the stream after so many tokens; after the first
+        self.loses = loses  # the stream, after so many tokens
+        self.hangs = hangs  # after the first token
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.resumes: list[tuple[str, int]] = []
         self.cancelled: list[str] = []
@@ -126,7 +127,8 @@ def test_absent_router_is_named(capsys: pytest.CaptureFixture[str]):
 
 
 async def test_a_router_lost_on_the_way_is_not_seen(capsys: pytest.CaptureFixture[str]):
-    first, second = Router(loses=1), Router()
+    first = Router(loses=1)
+    second = Router()
     async with router(first) as here, router(second) as there:
         assert await asyncio.to_thread(main, ["generate", "Hi", "--router", f"{here},{there}", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

@@ -207,9 +207,11 @@ def test_json_says_the_same(written: Path):
 def test_a_checkpoint_larger_than_memory_is_checked_by_its_headers(tmp_path: Path):
     """31 GB that take no room: the file is a header and a hole."""
     raw = raw_config(Recipe("deepseek-v2-lite", scale="full"))
-    header, end = {}, 0
+    header = {}
+    end = 0
     for name, shape in model_shapes(parse_config(raw)).items():
-        start, end = end, end + 2 * math.prod(shape)
+        start = end
+        end += 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:

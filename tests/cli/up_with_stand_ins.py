@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from isthmus import cli
-from isthmus.cli import stack, up
-from isthmus.cli.stack import ChildSpec, Ports, StackSpec
+from isthmus.cli import stack_plan, up
+from isthmus.cli.stack_plan import ChildSpec, Ports, StackSpec
 
 _STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 
 
 def planned(spec: StackSpec, ports: Ports, state_dir: Path) -> list[ChildSpec]:
-    return [_stand_in(child) for child in stack.plan(spec, ports, state_dir)]
+    return [_stand_in(child) for child in stack_plan.plan(spec, ports, state_dir)]
 
 
 def _stand_in(child: ChildSpec) -> ChildSpec:

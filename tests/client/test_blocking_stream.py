@@ -1,4 +1,4 @@
-"""The blocking stream as a driver: who cancels finds the call and its id, whatever the reading thread does."""
+"""The blocking stream as a driver: who cancels finds the call and its id, whatever the reading thread does then."""
 
 import signal
 import threading

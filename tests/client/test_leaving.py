@@ -70,7 +70,8 @@ async def test_a_cancelled_task_cancels_its_request(after: int) -> None:
 
 
 async def test_a_request_accepted_while_its_caller_leaves_is_cancelled() -> None:
-    asked, left = asyncio.Event(), asyncio.Event()
+    asked = asyncio.Event()
+    left = asyncio.Event()
 
     async def accepts_late(told: Told) -> AsyncIterator[inference_pb2.GenerateResponse]:
         asked.set()
@@ -111,7 +112,8 @@ async def test_a_request_that_is_never_accepted_is_dropped() -> None:
 
 
 async def test_leaving_a_broken_stream_asks_the_routers_that_are_left() -> None:
-    gone, router = Router(breaks(grpc.StatusCode.UNAVAILABLE, after=2)), Router(hangs(after=0), name="s")
+    gone = Router(breaks(grpc.StatusCode.UNAVAILABLE, after=2))
+    router = Router(hangs(after=0), name="s")
     async with addresses(gone, router) as routers, AsyncClient(routers) as client:
         task = asyncio.create_task(client.complete("Once"))
         await router.silent.wait()
@@ -224,7 +226,8 @@ async def test_another_thread_may_cancel_a_blocking_stream() -> None:
 
 
 async def test_closing_a_blocking_client_ends_the_streams_of_all_threads() -> None:
-    first, second = Router(hangs(after=2)), Router(hangs(after=2), name="s")
+    first = Router(hangs(after=2))
+    second = Router(hangs(after=2), name="s")
     async with addresses(first, second) as routers:
         client = Client(routers)
         reading = [asyncio.create_task(asyncio.to_thread(client.complete, "Once")) for _ in range(2)]

@@ -62,7 +62,9 @@ class Reached:
     """Set once the caller has so many tokens: what a router has sent may still be on its way."""
 
     def __init__(self, num_tokens: int):
-        self._loop, self._event, self._left = asyncio.get_running_loop(), asyncio.Event(), num_tokens
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+        self._left = num_tokens
 
     def note(self, one: Chunk) -> None:
         """From whichever thread reads."""
@@ -167,7 +169,8 @@ async def test_a_stream_that_ends_without_its_end_is_resumed(complete: Complete)
 
 
 async def test_a_reset_connection_is_resumed_at_another_router(complete: Complete) -> None:
-    first, second = Router(hangs(after=3)), Router(name="s")
+    first = Router(hangs(after=3))
+    second = Router(name="s")
     second.seed = SEED
     async with relayed(first) as (relay, address), serving(second) as port:
         reached = Reached(3)
@@ -224,7 +227,8 @@ async def test_any_order_of_breakdowns_gives_the_same_stream(complete: Complete,
 
 
 async def test_a_router_that_is_restarted_goes_on(complete: Complete) -> None:
-    before, after = Router(hangs(after=3)), Router()
+    before = Router(hangs(after=3))
+    after = Router()
     after.seed = SEED
     async with serving(before) as port:
         reading = asyncio.ensure_future(complete([f"127.0.0.1:{port}"]))
@@ -241,7 +245,8 @@ async def test_a_stream_nobody_holds_goes_on_from_its_tokens(complete: Complete)
         generation = await complete(routers, max_tokens=LENGTH)
     assert_whole(generation)
     assert (router.kinds, generation.request_ids, generation.num_resumes) == ("GRGR", ["r-0", "r-2"], 2)
-    begun, again = router.asked[0].request, router.asked[2].request
+    begun = router.asked[0].request
+    again = router.asked[2].request
     assert list(again.emitted_token_ids) == [token(SEED, index).id for index in range(5)]
     assert again.sampling == begun.sampling
     assert (again.prompt, again.on_disconnect) == (begun.prompt, begun.on_disconnect)

@@ -84,7 +84,8 @@ def test_one_request_is_refused_so_often_and_no_more() -> None:
 
 def test_repetitions_of_refused_requests_are_a_tenth_of_all_requests() -> None:
     routers = RouterList("a:1")
-    num_requests, num_repeated = 1000, 0
+    num_requests = 1000
+    num_repeated = 0
     for _ in range(num_requests):
         retries = begin(routers)
         try:

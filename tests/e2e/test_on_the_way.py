@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc.aio
 import pytest
 
-from isthmus.cli.stack import Ports
+from isthmus.cli.stack_plan import Ports
 from isthmus.testing.processes import Worker, added_worker, until_known
 from isthmus.testing.relay import relayed_port
 from isthmus.testing.stack import Result, Stack, StackClient, ledger, request, running_stack, status, until

@@ -14,7 +14,7 @@ from isthmus.ids import SystemIds
 from isthmus.process.loop_driver import LoopDriver, Turn
 from isthmus.process.rpc import PUBLIC_RECEIVE_BYTES, channel, create_server
 from isthmus.process.rpc_errors import error_from_rpc
-from isthmus.text.workers import TextWorkers
+from isthmus.text.text_threads import TextThreads
 from isthmus.v1 import (
     decode_pb2,
     decode_pb2_grpc,
@@ -85,7 +85,7 @@ async def served_router(cluster: Cluster, *, links: Any = None, **settings: Any)
     server = InferenceServer(cores.config)
     tokenizer: Any = ByteTokenizer()
     limits = {"max_prompt_bytes": cores.config.max_prompt_bytes, "max_tokens": MODEL.context_length}
-    with TextWorkers(tokenizer, **limits) as text:
+    with TextThreads(tokenizer, **limits) as text:
         server.backend = Backend(cores.lives, MODEL, text, SystemClock())
         async with listening(server.register) as address, channel(address) as client:
             stub = inference_pb2_grpc.InferenceServiceStub(client)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from isthmus.cli.child import launched
+from isthmus.cli.child_process import launched
 from isthmus.cli.supervisor import StackFailed
 from isthmus.config import checkout_root, worker_environment
 

@@ -14,8 +14,8 @@ MAX_WAITING = 256
 ResultT = TypeVar("ResultT")
 
 
-class TextWorkers:
-    """Context manager: leaving it waits for the threads."""
+class TextThreads:
+    """Threads for a tokenizer. A context manager: leaving it waits for them. Written by one event loop."""
 
     def __init__(self, tokenizer: Tokenizer, *, max_prompt_bytes: int, max_tokens: int):
         self.tokenizer = tokenizer
@@ -24,20 +24,23 @@ class TextWorkers:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
         self._num_pending = 0  # also what a cancelled call left to its thread
 
-    def __enter__(self) -> "TextWorkers":
+    def __enter__(self) -> "TextThreads":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     async def encode(self, prompt: str) -> list[int]:
+        """As Tokenizer.encode, within the limits given. Raises InvalidRequest, Overloaded."""
         limits = {"max_bytes": self._max_prompt_bytes, "max_tokens": self._max_tokens}
         return await self._run(lambda: self.tokenizer.encode(prompt, **limits))
 
     async def encode_chat(self, chat: inference_pb2.Chat) -> list[int]:
+        """As Tokenizer.encode_chat, within the limits given. Raises InvalidRequest, Overloaded."""
         return await self._run(lambda: self.tokenizer.encode_chat(chat.messages, max_bytes=self._max_prompt_bytes))
 
     async def decode(self, token_ids: Sequence[int]) -> str:
+        """As Tokenizer.decode. Raises InvalidRequest, Overloaded."""
         return await self._run(lambda: self.tokenizer.decode(token_ids))
 
     async def _run(self, work: Callable[[], ResultT]) -> ResultT:

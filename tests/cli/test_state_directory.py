@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.cli.state import StateDir, newest_stack, noted, open_state_dir, start_ticks
+from isthmus.cli.state_directory import StateDir, newest_stack, noted, open_state_dir, start_ticks
 from isthmus.errors import CannotStart
 
 
@@ -32,7 +32,8 @@ def test_note_of_a_reused_pid_is_not_believed(directory: Path):
 
 
 def test_next_stack_removes_the_temporary_state_of_a_killed_one(directory: Path):
-    killed, kept = directory / "isthmus-stack-old", directory / "mine"
+    killed = directory / "isthmus-stack-old"
+    kept = directory / "mine"
     (directory / "isthmus").mkdir()
     for number, path, temporary in ((4194305, killed, True), (4194306, kept, False)):
         path.mkdir()

@@ -1,4 +1,4 @@
-"""Starts a child that dies with its parent: `python launch.py SIGNAL PARENT COMMAND...`; standard library only.
+"""Starts a child that dies with its parent: `python child_launcher.py SIGNAL PARENT COMMAND...`; standard library only.
 
 A program of its own instead of a preexec_fn, which is unsafe once the parent has threads.
 """

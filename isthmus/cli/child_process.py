@@ -7,26 +7,26 @@ import signal
 import sys
 from pathlib import Path
 
-from isthmus.cli.stack import ChildSpec
+from isthmus.cli.stack_plan import ChildSpec
 from isthmus.config import checkout_root, worker_environment
 
-_LAUNCHER = Path(__file__).with_name("launch.py")
+_LAUNCHER = Path(__file__).with_name("child_launcher.py")
 _TAIL_BYTES = 64 << 10
 _MAX_WORDS = 600
 
 
 def launched(command: tuple[str, ...], death_signal: signal.Signals = signal.SIGKILL) -> tuple[str, ...]:
-    """`command`, sent `death_signal` when the calling thread's process ends, however it ends."""
+    """The command that runs `command` and has the kernel send it `death_signal` when the calling thread ends."""
     return (sys.executable, "-I", "-S", str(_LAUNCHER), str(int(death_signal)), str(os.getpid()), *command)
 
 
 class Child:
-    """Owned by the supervisor. One process at a time; `num_restarts` counts the ones after the first."""
+    """One child of the stack: one process at a time. Written by the supervisor's task that keeps it."""
 
     def __init__(self, spec: ChildSpec, log_dir: Path):
         self.spec = spec
         self.log_path = log_dir / f"{spec.name}.log"
-        self.num_restarts = 0
+        self.num_restarts = 0  # processes after the first
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -34,7 +34,12 @@ class Child:
         """Of the running process, None when there is none."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
+    def restarts(self) -> None:
+        """Counts the process that is about to be started in place of one that ended."""
+        self.num_restarts += 1
+
     async def start(self) -> None:
+        """Starts a process; its output is added to the log."""
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *launched(self.spec.command),
@@ -52,7 +57,7 @@ class Child:
         return await self._process.wait()
 
     def send(self, number: signal.Signals) -> None:
-        """To the process and whatever it started."""
+        """Sends a signal to the process and to whatever it started; nothing happens when there is none."""
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)

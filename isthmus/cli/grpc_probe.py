@@ -28,6 +28,7 @@ class GrpcProbe:
         await self._channel.close()
 
     async def is_serving(self) -> bool:
+        """False also when it does not answer in time."""
         stub: Any = health_pb2_grpc.HealthStub(self._channel)
         try:
             answer: health_pb2.HealthCheckResponse = await stub.Check(
