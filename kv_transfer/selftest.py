@@ -63,7 +63,8 @@ def _transfer(between: _Between, missing: tuple[Extent, ...], timeout_s: float) 
     receiving = Receiver(receiver_incarnation, between.landing, Ledger(clock, 16), events, clock).start()
     sending = Sender(ids.incarnation(), between.source, Ledger(clock, 16), clock, options=options).start()
     with closing(receiving) as receiver, closing(sending) as sender:
-        receiver.reserve(Reservation(transfer_id, 1, "self-test", table, missing, clock.now() + timeout_s))
+        deadline = clock.now() + 2 * timeout_s  # later than the wait below, so that silence has one answer
+        receiver.reserve(Reservation(transfer_id, 1, "self-test", table, missing, deadline))
         fingerprint = between.source.layout.fingerprint
         target = TransferTarget(transfer_id, 1, receiver.endpoint, receiver_incarnation, fingerprint, missing)
         transfer = sender.open(target, table, news.put)
