@@ -14,20 +14,10 @@ _LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
-    """The metrics of one process. Any thread may count. Label values come from fixed sets, never from clients."""
+    """What every process measures. Any thread may count. Label values come from fixed sets, never from clients."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "isthmus_requests", "Requests ended, by finish or refusal reason", ["outcome"], registry=self.registry
-        )
-        self.tokens = Counter("isthmus_tokens", "Tokens: prompt, cached or generated", ["kind"], registry=self.registry)
-        self.ttft_s = Histogram(
-            "isthmus_ttft_seconds", "Receipt to first token sent", buckets=_LONG_S, registry=self.registry
-        )
-        self.itl_s = Histogram(
-            "isthmus_itl_seconds", "Between consecutive tokens", buckets=_SHORT_S, registry=self.registry
-        )
 
     def watch_status(self, status: Callable[[], admin_pb2.GetStatusResponse]) -> None:
         """Adds the gauges; `status` is called at each scrape."""
@@ -42,6 +32,23 @@ class Metrics:
     def exposition(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
+
+
+class RequestMetrics(Metrics):
+    """Those of a router, which alone sees requests from their beginning to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = Counter(
+            "isthmus_requests", "Requests ended, by finish or refusal reason", ["outcome"], registry=self.registry
+        )
+        self.tokens = Counter("isthmus_tokens", "Tokens: prompt, cached or generated", ["kind"], registry=self.registry)
+        self.ttft_s = Histogram(
+            "isthmus_ttft_seconds", "Receipt to first token sent", buckets=_LONG_S, registry=self.registry
+        )
+        self.itl_s = Histogram(
+            "isthmus_itl_seconds", "Between consecutive tokens", buckets=_SHORT_S, registry=self.registry
+        )
 
 
 def _shown(sample: Sample) -> str:

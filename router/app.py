@@ -12,7 +12,7 @@ from isthmus.config import RouterConfig
 from isthmus.failpoints import Failpoints
 from isthmus.ids import SystemIds
 from isthmus.ledger import Ledger
-from isthmus.metrics import Metrics
+from isthmus.metrics import RequestMetrics
 from isthmus.process.admin import Identity, ServiceHooks
 from isthmus.process.health import HealthState, ProgressWatch
 from isthmus.process.loop_driver import LoopDriver
@@ -46,7 +46,7 @@ class Router:
         self._clock = SystemClock()
         self._health = HealthState(ProgressWatch(self._clock))
         self._ledger = Ledger(self._clock)
-        self._metrics = Metrics()
+        self._metrics = RequestMetrics()
         self._admission = Admission(config.max_streams, config.max_queue)
         self._server = InferenceServer(config)
         self._pool: WorkerPool | None = None

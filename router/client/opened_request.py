@@ -13,7 +13,7 @@ from isthmus.convert import finish_reason_to_proto, request_from_proto
 from isthmus.errors import InvalidRequest, IsthmusError
 from isthmus.ids import Ids
 from isthmus.ledger import Ledger
-from isthmus.metrics import Metrics
+from isthmus.metrics import RequestMetrics
 from isthmus.text.detokenizer import Detokenizer
 from isthmus.text.finish import finish_reason
 from isthmus.text.token_merge import TokenMerge
@@ -258,7 +258,7 @@ class RequestOpener:
         return OpenedRequest(request, "", delivery, RequestTimes(received_at), received_at + timeout_s)
 
 
-def count_request(metrics: Metrics, opened: OpenedRequest | None, error: BaseException | None) -> None:
+def count_request(metrics: RequestMetrics, opened: OpenedRequest | None, error: BaseException | None) -> None:
     """Once a request, when it ends; labels come from fixed sets. `opened` is None for what was refused before."""
     metrics.requests.labels(_outcome(opened, error)).inc()
     if opened is None:

@@ -9,7 +9,7 @@ from isthmus.config import RouterConfig
 from isthmus.errors import IsthmusError, NoFreeBlocks
 from isthmus.failpoints import Failpoints
 from isthmus.ledger import Ledger
-from isthmus.metrics import Metrics
+from isthmus.metrics import RequestMetrics
 from isthmus.routine import Answer
 from isthmus.testing.virtual_time import SeededIds, VirtualTime
 from isthmus.text.detokenizer import Detokenizer
@@ -236,7 +236,7 @@ class RouterUnderTest:
         self.cluster = cluster
         self.time: Any = cluster.time
         self.config = RouterConfig(name="r0", **settings)
-        self.metrics = Metrics()
+        self.metrics = RequestMetrics()
         self.admission = Admission(self.config.max_streams, self.config.max_queue)
         self.pool = WorkerPool(cluster.ids.incarnation(), MODEL_DIGEST, links or ScriptedLinks(cluster), cluster.ledger)
         parts = LifeParts(

@@ -4,7 +4,7 @@ import io
 import json
 
 from isthmus import log
-from isthmus.metrics import Metrics
+from isthmus.metrics import RequestMetrics
 from isthmus.process.health import HealthState, ProgressWatch, ServiceState
 from isthmus.testing.manual_clock import ManualClock
 
@@ -71,6 +71,6 @@ def test_draining_is_for_good():
 
 
 def test_counters_carry_their_labels():
-    metrics = Metrics()
+    metrics = RequestMetrics()
     metrics.tokens.labels(kind="cached").inc(3)
     assert metrics.counters() == {'isthmus_tokens_total{kind="cached"}': 3}

@@ -19,7 +19,7 @@ from isthmus.clock import SystemClock
 from isthmus.config import RouterConfig, load
 from isthmus.errors import CannotStart
 from isthmus.ledger import Ledger, LedgerEvent
-from isthmus.metrics import Metrics
+from isthmus.metrics import RequestMetrics
 from isthmus.process.admin import NOT_STORED, STORED_EVENT, Identity, ReadStoredHandoffs, ServiceHooks
 from isthmus.process.health import HealthState, ProgressWatch
 from isthmus.process.rpc import channel
@@ -37,7 +37,7 @@ class Running:
         self.clock = SystemClock()
         self.health = HealthState(ProgressWatch(self.clock, stall_s=0.3))
         self.identity = Identity(self.config.name, "router", "ab" * 16)
-        self.metrics = Metrics()
+        self.metrics = RequestMetrics()
         self.ledger = Ledger(self.clock)
         self.drains: list[float] = []
         self.left = 0
