@@ -26,8 +26,9 @@ from router.life.request_life import Lives, RequestLife
 from router.pool.admission import Admission
 from router.pool.placement import Placement
 from router.pool.worker_pool import WorkerPool
+from tests.router.scripted_decode import EOS, LAYOUT, MODEL_DIGEST, NUMERICS, ScriptedDecode
 from tests.router.scripted_links import LATENCY_S, ScriptedLinks
-from tests.router.scripted_workers import EOS, LAYOUT, MODEL_DIGEST, NUMERICS, ScriptedDecode, ScriptedPrefill
+from tests.router.scripted_prefill import ScriptedPrefill
 
 VOCAB_SIZE = 300  # bytes, then ids without text
 MODEL = ModelFacts("tiny", "deepseek_v3", MODEL_DIGEST, VOCAB_SIZE, context_length=4096, eos_token_ids=(EOS,))

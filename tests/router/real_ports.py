@@ -27,7 +27,8 @@ from router.client.grpc_caller import Backend, InferenceServer
 from router.pool.decode_stream import Failed
 from router.pool.drivers import GrpcWorkerLinks
 from tests.router.fakes import MODEL, ByteTokenizer, Cluster, Result, RouterUnderTest
-from tests.router.scripted_workers import ScriptedDecode, ScriptedPrefill
+from tests.router.scripted_decode import ScriptedDecode
+from tests.router.scripted_prefill import ScriptedPrefill
 
 
 class LoopTime:

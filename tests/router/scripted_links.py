@@ -11,7 +11,8 @@ from kv_transfer.ownership.store import WorkerRecord
 from router.pool.decode_stream import Failed
 from router.pool.session import Session
 from router.pool.worker_pool import PrefillListener
-from tests.router.scripted_workers import ScriptedDecode, ScriptedPrefill, Wires
+from tests.router.scripted_decode import ScriptedDecode, Wires
+from tests.router.scripted_prefill import ScriptedPrefill
 
 LATENCY_S = 0.001
 

@@ -29,7 +29,7 @@ from tests.router.real_ports import (
     served_router,
     until,
 )
-from tests.router.scripted_workers import SCRIPT
+from tests.router.scripted_decode import SCRIPT
 
 LONG = (SCRIPT * 2)[:60]
 

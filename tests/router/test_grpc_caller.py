@@ -12,7 +12,7 @@ from isthmus.process.rpc_errors import error_from_rpc
 from isthmus.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from tests.router.fakes import Cluster, ask, no_room, retained
 from tests.router.real_ports import ServedRouter, read, real_time_cluster, served_router, until
-from tests.router.scripted_workers import SCRIPT
+from tests.router.scripted_decode import SCRIPT
 
 LONG = (SCRIPT * 2)[:60]
 

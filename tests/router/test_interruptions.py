@@ -16,7 +16,7 @@ from isthmus.v1 import types_pb2
 from router.client.caller import ClientGone
 from router.pool.session import ANSWER_TIMEOUT_S
 from tests.router.fakes import Cluster, RouterUnderTest, ask, retained
-from tests.router.scripted_workers import SCRIPT
+from tests.router.scripted_decode import SCRIPT
 
 LONG = (SCRIPT * 2)[:60]
 

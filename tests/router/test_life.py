@@ -20,8 +20,8 @@ from router.life.losses import MAX_FRUITLESS
 from router.pool.session import FIRST_BACKOFF_S
 from router.pool.worker_pool import SUSPECT_S
 from tests.router.fakes import Cluster, RouterUnderTest, ask
+from tests.router.scripted_decode import EOS, SCRIPT
 from tests.router.scripted_links import LATENCY_S
-from tests.router.scripted_workers import EOS, SCRIPT
 
 
 @pytest.fixture

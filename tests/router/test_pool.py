@@ -9,8 +9,8 @@ from isthmus.errors import InvalidRequest, IsthmusError
 from router.pool.policy import NO_NEW_WORK_S
 from router.pool.worker_pool import UNLISTED_S
 from tests.router.fakes import VIEW_INTERVAL_S, Cluster, RouterUnderTest, ask
+from tests.router.scripted_decode import SCRIPT
 from tests.router.scripted_links import LATENCY_S
-from tests.router.scripted_workers import SCRIPT
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from isthmus.errors import (
 from isthmus.v1 import decode_pb2, inference_pb2, types_pb2
 from router.client.caller import ClientGone
 from tests.router.fakes import Cluster, RouterUnderTest, ScriptedCaller, ask
-from tests.router.scripted_workers import SCRIPT, ScriptedDecode, ScriptedPrefill
+from tests.router.scripted_decode import SCRIPT, ScriptedDecode
+from tests.router.scripted_prefill import ScriptedPrefill
 
 NUM_SEEDS = 300
 NUM_REQUESTS = 12

@@ -9,7 +9,7 @@ import pytest
 from isthmus.errors import AttachedElsewhere, Draining, IsthmusError, RequestKillsWorkers, StreamGone
 from isthmus.v1 import decode_pb2, inference_pb2, types_pb2
 from tests.router.fakes import Cluster, RouterUnderTest, ScriptedCaller, ask, no_room, retained
-from tests.router.scripted_workers import SCRIPT, ScriptedDecode
+from tests.router.scripted_decode import SCRIPT, ScriptedDecode
 
 LONG = (SCRIPT * 2)[:60]
 

@@ -19,7 +19,7 @@ from router.client.grpc_caller import SERVICE
 from router.client.validate import MAX_FIELDS, check_request, check_wire, complete_sampling, parse_request
 from tests.router.fakes import MODEL, VOCAB_SIZE, ask
 from tests.router.real_ports import ServedRouter, real_time_cluster, served_router
-from tests.router.scripted_workers import SCRIPT
+from tests.router.scripted_decode import SCRIPT
 
 Message = inference_pb2.GenerateRequest
 MIB = 1 << 20

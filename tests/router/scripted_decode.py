@@ -1,7 +1,7 @@
-"""Decode and prefill workers that follow a script: what a router says to them is kept, what they answer is decided.
+"""Decode workers that follow a script: what a router says to them is kept, what they answer is decided.
 
-They hold no port of their own. A `Connection` carries a session, a `PrefillListener` hears a Prefill call; both are
-given by whoever brings messages here: in virtual time `fakes.ScriptedLinks`, over gRPC `real_ports`.
+They hold no port of their own. A `Connection` carries a session; it is given by whoever brings messages here: in
+virtual time `scripted_links`, over gRPC `real_ports`.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,10 @@ from functools import partial
 from typing import Any, Protocol
 
 from isthmus.convert import layout_to_proto
-from isthmus.errors import IndexOutOfRange, IsthmusError, StaleOwner, StreamGone, WorkerLost
+from isthmus.errors import IndexOutOfRange, IsthmusError, StaleOwner, StreamGone
 from isthmus.ids import Ids
 from isthmus.kv.layout import KvLayout, Plane, PlaneKind
-from isthmus.v1 import decode_pb2, prefill_pb2, types_pb2
-from router.pool.decode_stream import Failed
-from router.pool.worker_pool import PrefillListener
+from isthmus.v1 import decode_pb2, types_pb2
 
 MODEL_DIGEST = "d" * 32
 NUMERICS = "n" * 32
@@ -99,6 +97,7 @@ class ScriptedDecode:
     answers_rearm: bool = True
     answer_delays_s: list[float] = field(default_factory=list)  # of reservations, one after the other
     moves_streams: bool = True
+    fill_timeout_s: float = 4.0
     is_leaving: bool = False  # says so before it answers a reservation
     keeps_streams: bool = False  # of a lost session
     reads: bool = True  # else its sessions' bound of unsent messages is reached
@@ -209,7 +208,7 @@ class ScriptedDecode:
             self._refuse(connection, request_id, reserve.attach.counter, error)
             return
         transfer_id = self.wires.ids.transfer_id()
-        self.streams[request_id] = ScriptedStream(
+        stream = ScriptedStream(
             request=reserve.request,
             counter=reserve.attach.counter,
             transfer_id=transfer_id,
@@ -218,6 +217,8 @@ class ScriptedDecode:
             is_kept=reserve.on_disconnect == types_pb2.ON_DISCONNECT_RETAIN,
             num_sent=len(reserve.request.emitted_token_ids),
         )
+        self.streams[request_id] = stream
+        self._await_fill(stream)
         reserved = decode_pb2.Reserved(
             request_id=request_id,
             counter=reserve.attach.counter,
@@ -234,6 +235,17 @@ class ScriptedDecode:
             self.wires.time.after(self.answer_delays_s.pop(0), lambda: connection.say(reserved=reserved))
         else:
             connection.say(reserved=reserved)
+
+    def _await_fill(self, stream: ScriptedStream) -> None:
+        """What nobody fills in time is freed."""
+        attempt = stream.attempt
+
+        def expire() -> None:
+            if not stream.is_claimed and stream.attempt == attempt and self._has(stream):
+                self.fail_transfer(stream.transfer_id, "fill_deadline")
+                self._drop(stream)
+
+        self.wires.time.after(self.fill_timeout_s, expire)
 
     def _refuse(self, connection: Connection, request_id: str, counter: int, error: IsthmusError) -> None:
         refused = decode_pb2.Refused(request_id=request_id, counter=counter, reason=error.reason, detail=error.detail)
@@ -256,6 +268,7 @@ class ScriptedDecode:
             self._refuse(connection, rearm.request_id, rearm.attach.counter, StaleOwner("claimed"))
             return
         stream.attempt = rearm.attempt
+        self._await_fill(stream)
         rearmed = decode_pb2.Rearmed(
             request_id=rearm.request_id,
             transfer_id=stream.transfer_id,
@@ -327,7 +340,7 @@ class ScriptedDecode:
             return
         last = min(index + self.tokens_per_step, most)
         tokens = [self.token(stream.request, i) for i in range(index, last)]
-        if self.streams.get(stream.request.request_id) is not stream:
+        if not self._has(stream):
             return  # the token has killed the worker
         self._say_tokens(stream, index, tokens)
         stream.num_sent = max(stream.num_sent, last)
@@ -350,132 +363,14 @@ class ScriptedDecode:
         stream.connection.say(ended=ended)
 
     def _drop(self, stream: ScriptedStream) -> None:
-        if self.streams.get(stream.request.request_id) is stream:
+        if self._has(stream):
             del self.streams[stream.request.request_id]
         self._stop(stream)
+
+    def _has(self, stream: ScriptedStream) -> bool:
+        return self.streams.get(stream.request.request_id) is stream
 
     def _stop(self, stream: ScriptedStream) -> None:
         if stream.step is not None:
             stream.step.cancel()
             stream.step = None
-
-
-@dataclass(eq=False)
-class PrefillRun:
-    """One call at a prefill worker, from its begin until it is over or dropped."""
-
-    request: prefill_pb2.PrefillRequest
-    listener: PrefillListener
-    is_over: bool = False
-
-
-@dataclass(eq=False)
-class ScriptedPrefill:
-    """Token 0, and a commit to the decode worker with the transfer. Written by itself; tests say how it behaves."""
-
-    wires: Wires
-    name: str
-    incarnation: str
-    address: str
-    token: Callable[[types_pb2.EngineRequest, int], types_pb2.Token] = script_token
-    fail: Callable[[int], IsthmusError | None] = lambda call: None  # by call number, before the first token
-    crash: Callable[[int], IsthmusError | None] = lambda call: None  # the same, but with the prompt begun
-    holds: bool = False  # the first token, until `release`
-    commits: bool = True
-    breaks_s: float | None = None  # after a commit, instead of Done
-    compute_s: float = 0.0
-    is_up: bool = True
-    done: prefill_pb2.Done = field(
-        default_factory=lambda: prefill_pb2.Done(
-            acked=True,
-            prefill_ms=3.0,
-            transfer_exposed_ms=0.5,
-            transfer_bytes=4096,
-            transfer_blocks=2,
-            transfer_frames=4,
-        )
-    )
-    requests: list[prefill_pb2.PrefillRequest] = field(default_factory=list)
-    runs: list[PrefillRun] = field(default_factory=list)
-    num_cancelled: int = 0
-
-    def begin(self, request: prefill_pb2.PrefillRequest, listener: PrefillListener) -> PrefillRun:
-        """A call has come in."""
-        run = PrefillRun(request, listener)
-        if not self.is_up:
-            self._fail(run, WorkerLost("the connection failed"))
-            return run
-        self.requests.append(request)
-        self.runs.append(run)
-        listener.take(prefill_pb2.PrefillResponse(queued=prefill_pb2.Queued(num_ahead=0)), self.wires.time.now())
-        if (error := self.fail(len(self.requests))) is not None:
-            self._fail(run, error)
-        elif not self.holds:
-            self.wires.time.after(self.compute_s, partial(self._compute, run))
-        return run
-
-    def drop(self, run: PrefillRun) -> None:
-        """The caller has cancelled it."""
-        if not run.is_over:
-            self.num_cancelled += 1
-            self._note_over(run)
-
-    def release(self) -> None:
-        self.holds = False
-        for run in list(self.runs):
-            self._compute(run)
-
-    def lose(self, run: PrefillRun) -> None:
-        """As if the worker had died of it."""
-        if not run.is_over:
-            self._fail(run, WorkerLost("crashed"))
-
-    def go_down(self) -> None:
-        self.is_up = False
-        for run in list(self.runs):
-            self._fail(run, WorkerLost("the connection failed"))
-
-    def _compute(self, run: PrefillRun) -> None:
-        if run.is_over:
-            return
-        request = run.request.request
-        computed = prefill_pb2.Progress(num_computed_tokens=len(request.prompt_token_ids))
-        run.listener.take(prefill_pb2.PrefillResponse(progress=computed), self.wires.time.now())
-        if (error := self.crash(len(self.requests))) is not None:
-            self._fail(run, error)
-            return
-        token = self.token(request, 0)
-        reason = None
-        if token.id == EOS:
-            reason = types_pb2.FINISH_REASON_STOP
-        elif request.sampling.max_tokens == 1:
-            reason = types_pb2.FINISH_REASON_LENGTH
-        first = prefill_pb2.FirstToken(token=token, finish_reason=reason, num_cached_tokens=5)
-        run.listener.take(prefill_pb2.PrefillResponse(first_token=first), self.wires.time.now())
-        self.wires.time.after(self.wires.latency_s(), partial(self._transfer, run, is_finished=reason is not None))
-
-    def _transfer(self, run: PrefillRun, *, is_finished: bool) -> None:
-        if run.is_over:
-            return
-        done = prefill_pb2.Done()
-        done.CopyFrom(self.done)
-        target = run.request.target
-        if is_finished:
-            self.wires.abort(target.transfer_id)
-        elif self.commits and not self.wires.commit(target.transfer_id, target.attempt):
-            done.acked = False
-            done.failure = "no such transfer"
-        elif self.breaks_s is not None:
-            self.wires.time.after(self.breaks_s, partial(self.lose, run))
-            return
-        self._note_over(run)
-        run.listener.take(prefill_pb2.PrefillResponse(done=done), self.wires.time.now())
-
-    def _fail(self, run: PrefillRun, error: IsthmusError) -> None:
-        self._note_over(run)
-        run.listener.failed(Failed(error), self.wires.time.now())
-
-    def _note_over(self, run: PrefillRun) -> None:
-        run.is_over = True
-        if run in self.runs:
-            self.runs.remove(run)
