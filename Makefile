@@ -71,7 +71,7 @@ oracle: $(READY) ## every architecture against transformers; ORACLE_SEEDS=20 tri
 CHAOS_SECONDS ?= 1200
 CHAOS_FLUSHING ?= 60
 CHAOS_FLUSH_EVERY ?= 10
-chaos: $(READY) ## kills, freezes and restarts under load for 20 minutes; CHAOS_SECONDS=180 is what `make test` does
+chaos: $(READY) ## kills, freezes and restarts under load for 20 minutes; CHAOS_SECONDS=60 is what `make test` does
 	@GRPC_VERBOSITY=ERROR CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_FLUSHING=$(CHAOS_FLUSHING) CHAOS_FLUSH_EVERY=$(CHAOS_FLUSH_EVERY) \
 		$(BIN)/python -m pytest tests/chaos -s $(PYTEST_ARGS)
 

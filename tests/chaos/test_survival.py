@@ -13,9 +13,10 @@ from tests.chaos.quiet import all_met, num_tasks
 from tests.chaos.silence import quantile, recovered
 from tests.chaos.unharmed import unharmed_load
 
-SECONDS = float(os.environ.get("CHAOS_SECONDS", "180"))
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
 NUM_STREAMS = 16
 FAULTS_PER_S = 40 / 180
+ENOUGH_S = 180  # for every kind of fault to have met a stream
 WORKER_KILLS, FREEZES = ("kill prefill", "kill decode"), ("freeze prefill", "freeze decode", "freeze router")
 # (kinds of fault, quantile of recovered streams' silence without recompute time, seconds on two quiet cores)
 BOUNDS = (
@@ -45,5 +46,5 @@ async def test_no_stream_is_lost_repeated_wrong_or_hung_whatever_dies(expected: 
     assert len(run.faults) >= FAULTS_PER_S * SECONDS
     for kinds, part, bound_s in BOUNDS:
         waits = recovered(run.silences, *kinds)
-        assert waits or SECONDS < 180, f"no stream had to be recovered from {kinds}: the bound says nothing"
+        assert waits or SECONDS < ENOUGH_S, f"no stream had to be recovered from {kinds}: the bound says nothing"
         assert quantile(waits, part) <= SLOWNESS * bound_s, (kinds, part, sorted(waits))
