@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,11 +240,11 @@ async def ledger(address: str, request_id: str = "") -> list[admin_pb2.LedgerEve
         return list(response.events)
 
 
-async def until(condition: Any, timeout_s: float, what: str) -> None:
-    """Waits until an async condition holds. Raises AssertionError naming `what` when it does not in time."""
+async def until(condition: Any, timeout_s: float, what: str | Callable[[], str]) -> None:
+    """Waits until an async condition holds. Raises AssertionError naming `what`, as it is then, when time is over."""
     deadline = time.monotonic() + timeout_s
     while not await condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what if isinstance(what, str) else what()}"
         await asyncio.sleep(0.05)
 
 

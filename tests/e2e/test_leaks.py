@@ -75,15 +75,17 @@ async def test_nothing_is_left_after_mixed_load_with_cancels(stack: Stack) -> No
     await until(lambda: is_quiet(stack), 5, "no block referenced, no stream, nothing queued")
     await until(lambda: no_request_keys(stack), 5, "no handoff: or stream: key in Redis")
 
+    after: dict[str, tuple[int, int, int]] = {}
+
     async def as_before() -> bool:
-        after = await resources(stack)
+        after.update(await resources(stack))
         return all(
             now <= then + slack
             for name in before
             for now, then, slack in zip(after[name], before[name], SLACK, strict=True)
         )
 
-    await until(as_before, 20, f"tasks, threads and descriptors as before: {before}, now {await resources(stack)}")
+    await until(as_before, 20, lambda: f"tasks, threads and descriptors as before: {before}, now {after}")
 
 
 async def no_request_keys(stack: Stack) -> bool:
