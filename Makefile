@@ -9,6 +9,8 @@ CONSTRAINTS ?= constraints/cpu.txt
 PIP_ARGS ?=
 # Extra words for pytest, e.g. PYTEST_ARGS='-k wire -x'.
 PYTEST_ARGS ?=
+# Test files run side by side: while one waits for processes, another computes. 0: one after the other.
+TEST_PROCESSES ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -37,7 +39,7 @@ demo: $(READY) ## start the stack, stream a few prompts, print what was measured
 	@$(BIN)/isthmus demo
 
 test: check ## static checks and every test that needs no GPU
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 # What a user's own installation meets: the newest release of everything but torch, whose newest is a CUDA build of
 # several GB. The faces: gRPC, HTTP, client library, command line, Redis. An environment of its own, remade each time.

@@ -96,7 +96,10 @@ class Recovery:
             self.leave_quarantine()
 
     def next_need(self, need: Need) -> Need:
-        """For another attempt: what the client has is replayed, the worker that failed is avoided."""
+        """For another attempt: what the client has is replayed, prefill workers that failed are avoided.
+
+        A decode worker that failed has no session any more, which keeps it from being chosen.
+        """
         request = replace(need.request, emitted_token_ids=tuple(self._context.opened.delivery.token_ids))
         return replace(need, request=request, avoid=frozenset(self._avoid)).with_patience(self._context.routine.now)
 
