@@ -25,6 +25,7 @@ WATCH_INTERVAL_S = 0.25
 STORE_TIMEOUT_S = 1.0
 Connect = Callable[[str], grpc.aio.Channel]
 SessionCall = grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse]
+PrefillCall = grpc.aio.UnaryStreamCall[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse]
 _log = get_logger("router.drivers")
 
 
@@ -126,9 +127,13 @@ class GrpcSessionLink:
     async def _connect(self) -> SessionCall:
         call: SessionCall = self._stub.Session()
         opening = self._session.opening()
-        async with self._clock.timeout(opening.timeout_s):
-            await call.write(decode_pb2.SessionRequest(hello=opening.hello))
-            first = await call.read()
+        try:
+            async with self._clock.timeout(opening.timeout_s):
+                await call.write(decode_pb2.SessionRequest(hello=opening.hello))
+                first = await call.read()
+        except BaseException:
+            call.cancel()  # gRPC does it only for some of the moments at which a wait is cancelled
+            raise
         self._outgoing = asyncio.Queue(MAX_OUTGOING)
         self._hung_up = asyncio.Event()
         self._session.connected(first if isinstance(first, decode_pb2.SessionResponse) else None, self._clock.now())
@@ -148,7 +153,10 @@ class GrpcSessionLink:
             for task in parts:
                 task.cancel()
             # No task group: it drops a cancellation that comes while one of its tasks fails.
-            outcomes = await asyncio.gather(*parts, return_exceptions=True)
+            try:
+                outcomes = await asyncio.gather(*parts, return_exceptions=True)
+            finally:
+                call.cancel()
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -201,12 +209,16 @@ class GrpcPrefillLink:
     async def _read(self, request: prefill_pb2.PrefillRequest, listener: PrefillListener, timeout_s: float) -> None:
         """Never raises but by cancellation: the listener learns everything."""
         error: IsthmusError = WorkerLost("the prefill worker ended the call early")
+        call: PrefillCall | None = None
         try:
-            async for response in self._stub.Prefill(request, timeout=timeout_s):
+            call = self._stub.Prefill(request, timeout=timeout_s)
+            async for response in call:
                 listener.take(response, self._clock.now())
                 if response.HasField("done"):
                     return
         except asyncio.CancelledError:
+            if call is not None:
+                call.cancel()  # gRPC does not do it for a reader that is cancelled while the request is being sent
             listener.failed(Failed(WorkerLost("the prefill call was dropped")), self._clock.now())  # if it still hears
             raise
         except grpc.aio.AioRpcError as rpc_error:

@@ -4,8 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import grpc.aio
 import pytest
 
 from isthmus.clock import SystemClock
@@ -195,3 +198,34 @@ async def test_the_registry_is_read_again_and_again_whether_it_answers_or_not() 
     watching.cancel()
     await asyncio.wait({watching})
     await registry.close()
+
+
+class CallBeingSent:
+    """A Prefill call whose request is on its way: gRPC does not end it when its reader is cancelled just then."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+
+    def __aiter__(self) -> "CallBeingSent":
+        return self
+
+    async def __anext__(self) -> prefill_pb2.PrefillResponse:
+        await asyncio.Event().wait()
+        raise StopAsyncIteration
+
+    def cancel(self) -> bool:
+        self.is_cancelled = True
+        return True
+
+
+async def test_a_prefill_call_that_is_dropped_while_it_is_being_sent_ends() -> None:
+    call = CallBeingSent()
+    tasks = Tasks()
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+        link = GrpcPrefillLink(channel, SystemClock(), tasks)
+        link._stub = SimpleNamespace(Prefill=lambda *_, **__: call)  # type: ignore[assignment]
+        drop = link.call(prefill_pb2.PrefillRequest(), MagicMock(), 60.0)
+        await asyncio.sleep(0)
+        drop()
+        await tasks.end(1.0)
+    assert call.is_cancelled

@@ -22,6 +22,9 @@ class FailingCall:
     async def write(self, message: decode_pb2.SessionRequest) -> None:
         return
 
+    def cancel(self) -> bool:
+        return True
+
     async def read(self) -> decode_pb2.SessionResponse:
         if not self._has_greeted:
             self._has_greeted = True
