@@ -9,8 +9,8 @@ CONSTRAINTS ?= constraints/cpu.txt
 PIP_ARGS ?=
 # Extra words for pytest, e.g. PYTEST_ARGS='-k wire -x'.
 PYTEST_ARGS ?=
-# Test files run side by side: while one waits for processes, another computes. 0: one after the other.
-TEST_PROCESSES ?= 2
+# 2: test files run side by side, in less time; tests that count processes may then see those of others.
+TEST_PROCESSES ?= 0
 
 BIN := .venv/bin
 READY := .venv/.ready
