@@ -14,6 +14,7 @@ from router.pool.worker_pool import DecodeWorker, WorkerPool
 
 HINT_WAIT_S = 0.2  # the registry bounds itself; this is for one that does not
 FIND_WAIT_S = 1.2
+ASK_AGAIN_S = 0.01  # whether a cancelled stream has gone; its step ends first
 SESSIONS_WAIT_S = 1.0  # a router that has just started meets its workers first
 
 
@@ -55,14 +56,20 @@ class Locator:
         return bool(await self._having(request_id, alive, routine))
 
     async def cancel(self, request_id: str, routine: Routine) -> bool:
-        """Ends a stream of any router, and what is kept of a finished one. False when nobody has it."""
+        """Ends a stream of any router, and what is kept of a finished one. False when nobody has it.
+
+        Returns once the worker says that it has nothing of it: a Resume at any router then finds nothing either.
+        """
         inbox = Inbox(routine.wake, lambda: None, max_tokens=0)
         try:
             place = await self.attach(request_id, 0, Source(inbox), routine)
         except IsthmusError:
             return False
         with place:
-            place.stream.end(FinishReason.CANCELLED)
+            place.stream.end(FinishReason.CANCELLED, forgets_kept=True)
+            deadline = routine.now + ANSWER_TIMEOUT_S
+            while await self._having(request_id, [place.worker], routine) and routine.now < deadline:
+                await routine.wait_for(lambda: False, routine.now + ASK_AGAIN_S)
         return True
 
     async def _try(

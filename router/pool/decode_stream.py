@@ -152,9 +152,12 @@ class DecodeStream:
             return WorkersUnavailable("the decode worker did not answer in time")
         return self.answer.value if isinstance(self.answer.value, IsthmusError) else None
 
-    def end(self, finish_reason: FinishReason) -> None:
-        """Tells the worker to free everything, once, unless it has done so. Never waits."""
-        if not self.is_ended and not self.is_cancelled:
+    def end(self, finish_reason: FinishReason, *, forgets_kept: bool = False) -> None:
+        """Tells the worker to free everything, once, unless it has done so. Never waits.
+
+        What the worker keeps of an ended stream, for whoever resumes it, stays there unless `forgets_kept`.
+        """
+        if not self.is_cancelled and (forgets_kept or not self.is_ended):
             self.is_cancelled = True
             self.session.send_cancel(self, finish_reason)
 

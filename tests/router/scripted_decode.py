@@ -100,6 +100,7 @@ class ScriptedDecode:
     fill_timeout_s: float = 4.0
     is_leaving: bool = False  # says so before it answers a reservation
     keeps_streams: bool = False  # of a lost session
+    keeps_ended: bool = False  # what is retained, also after its end
     reads: bool = True  # else its sessions' bound of unsent messages is reached
     is_up: bool = True
     streams: dict[str, ScriptedStream] = field(default_factory=dict)
@@ -355,7 +356,9 @@ class ScriptedDecode:
         stream.connection.say(step=decode_pb2.StepTokens(step=index, streams=[sent]))
 
     def _end(self, stream: ScriptedStream, reason: types_pb2.FinishReason, num_tokens: int) -> None:
-        self._drop(stream)
+        is_cancelled = reason == types_pb2.FINISH_REASON_CANCELLED
+        if is_cancelled or not (self.keeps_ended and stream.is_kept):
+            self._drop(stream)
         request_id = stream.request.request_id
         ended = decode_pb2.StreamEnded(
             request_id=request_id, finish_reason=reason, num_tokens=num_tokens, counter=stream.counter

@@ -78,6 +78,24 @@ def test_a_kept_request_that_nobody_resumes_ends_with_its_retention(router: Rout
     assert router.events("request.failed")[-1].cause == "CANCELLED"
 
 
+@pytest.mark.parametrize("has_it_run", [True, False], ids=["ended", "running"])
+def test_when_a_cancel_is_answered_no_worker_has_the_stream(cluster: Cluster, has_it_run: bool) -> None:
+    """What is kept of an ended stream is told at once, end included: it is to be forgotten all the same."""
+    cluster.decode[0].keeps_ended = cluster.decode[1].keeps_ended = True
+    cluster.decode[0].token_interval_s = cluster.decode[1].token_interval_s = 0.0 if has_it_run else 0.01
+    home = RouterUnderTest(cluster).meet_workers()
+    other = RouterUnderTest(cluster).meet_workers()
+    call = home.call(retained(max_tokens=60))
+    call.until_over() if has_it_run else call.read(5)
+
+    assert other.cancel(call.request_id)
+
+    assert [worker.find(call.request_id) for worker in cluster.decode] == [None, None]
+    assert not other.cancel(call.request_id), "nobody has it"
+    home.is_quiet()
+    other.is_quiet()
+
+
 def test_a_client_that_leaves_before_it_knows_its_request_leaves_nothing(router: RouterUnderTest) -> None:
     call = router.call(retained(max_tokens=60), delay_s=1.0)
     router.time.run_until(lambda: call.is_telling, "accepted is on its way")
